@@ -1,0 +1,202 @@
+"""Phi-3.5-vision processor: prompts with image tags, and their images, to the model's inputs."""
+
+import re
+from collections.abc import Sequence
+
+from transformers import BatchFeature
+from transformers.image_utils import ImageInput, is_valid_image
+from transformers.processing_utils import ProcessorMixin
+
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+
+
+class ImageTags(Sequence):
+    """
+    `<|image_1|>`, `<|image_2|>`, ... as the sequence that the official processor holds in memory.
+    """
+
+    def __init__(self, count: int = 1_000_000):
+        self._numbers = range(1, count + 1)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [f"<|image_{number}|>" for number in self._numbers[index]]
+        return f"<|image_{self._numbers[index]}|>"
+
+
+class Phi3VProcessor(ProcessorMixin):
+    """
+    Wraps the image processor and the tokenizer.
+
+    A text refers to its images by `<|image_1|>`, `<|image_2|>`, ... Every tag becomes as many
+    `<|image|>` ids as the image has tokens; the model puts the image's features there.
+    """
+
+    image_token = "<|image|>"
+    stop_tokens = ("<|endoftext|>", "<|assistant|>", "<|end|>")
+    img_tokens = ImageTags()
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template: str | None = None):
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template
+        )
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def num_img_tokens(self) -> int:
+        """Tokens of one crop, without separators."""
+        return self.image_processor.num_img_tokens
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The ids at which an answer ends."""
+        return self.tokenizer.convert_tokens_to_ids(list(self.stop_tokens))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def calc_num_image_tokens(self, images: ImageInput) -> list[int]:
+        return self.image_processor.calc_num_image_tokens(images)
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        return self.image_processor.calc_num_image_tokens_from_image_size(width, height)
+
+    def __call__(
+        self,
+        text: str | list[str],
+        images: ImageInput | list[list] | None = None,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+        **images_kwargs,
+    ) -> BatchFeature:
+        """
+        Args:
+            text: one prompt or several.
+            images: the images of one text; a list of lists, one for each text; or one flat list,
+                which the texts share out in order. Without images, tags are text like any other.
+            padding: as for a tokenizer; needed for several texts. On the tokenizer's
+                `padding_side`.
+            truncation, max_length: as for a tokenizer, for texts without images. A text with images
+                is never cut.
+            images_kwargs: passed on to the image processor, `num_crops` for example.
+
+        Returns:
+            `input_ids` and `attention_mask` (texts, tokens). With images, `pixel_values` (n,
+            num_crops + 1, 3, 336, 336) and `image_sizes` (n, 2) of all texts' images, in the order
+            of their tags in the texts.
+
+        Raises:
+            ValueError: the tags of a text do not match its images.
+        """
+        if images is None:
+            encoded = self.tokenizer(
+                text,
+                padding=padding,
+                truncation=truncation,
+                max_length=max_length,
+                return_tensors=return_tensors,
+            )
+            return BatchFeature(dict(encoded))
+
+        texts = [text] if isinstance(text, str) else list(text)
+        tags = [[int(number) for number in IMAGE_TAG.findall(text)] for text in texts]
+        shared = share_images(images, tags)
+        in_order = []
+        for row, (numbers, own) in enumerate(zip(tags, shared, strict=True)):
+            check_tags(row, numbers, len(own))
+            # The model fills placeholders from left to right, so tags out of order reorder the
+            # images.
+            in_order += [own[number - 1] for number in numbers]
+
+        image_inputs, lengths = {}, []
+        if in_order:
+            image_inputs = dict(
+                self.image_processor(in_order, return_tensors=return_tensors, **images_kwargs)
+            )
+            lengths = [int(length) for length in image_inputs.pop("num_img_tokens")]
+        input_ids = self._tokenize(texts, lengths)
+        encoded = self.tokenizer.pad(
+            {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]},
+            padding=padding,
+            max_length=max_length,
+            return_tensors=return_tensors,
+        )
+        return BatchFeature({**encoded, **image_inputs})
+
+    def _tokenize(self, texts: list[str], lengths: list[int]) -> list[list[int]]:
+        """
+        Ids of every text, with `lengths[i]` placeholders for the i-th tag of all texts.
+
+        As in the official code, what stands between two tags is tokenized by itself, BOS included,
+        so an image is always followed by a BOS.
+        """
+        chunks = [IMAGE_TAG.split(text)[::2] for text in texts]
+        ids = iter(self.tokenizer([chunk for row in chunks for chunk in row]).input_ids)
+        length = iter(lengths)
+        rows = []
+        for row in chunks:
+            tokens = list(next(ids))
+            for _ in row[1:]:
+                tokens += [self.image_token_id] * next(length)
+                tokens += next(ids)
+            rows.append(tokens)
+        return rows
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        As the parent, and preprocessor_config.json besides, which other engines and older versions
+        read.
+        """
+        saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.image_processor.processor_class = type(self).__name__
+        return saved + self.image_processor.save_pretrained(save_directory)
+
+
+def share_images(images: ImageInput | list[list], tags: list[list[int]]) -> list[list]:
+    """
+    The images of every text.
+
+    Args:
+        images: as in [`Phi3VProcessor.__call__`].
+        tags: the numbers of the tags in every text.
+    """
+    if is_valid_image(images):
+        images = [images]
+    images = list(images)
+    if any(isinstance(image, list | tuple) for image in images):
+        if len(images) != len(tags):
+            raise ValueError(f"There are {len(tags)} texts and images for {len(images)}.")
+        return [list(own) for own in images]
+    if len(tags) == 1:
+        return [images]
+    wanted = [len(set(numbers)) for numbers in tags]
+    if sum(wanted) != len(images):
+        raise ValueError(
+            f"The texts have tags for {sum(wanted)} images, but there are {len(images)} images."
+        )
+    rest = iter(images)
+    return [[next(rest) for _ in range(count)] for count in wanted]
+
+
+def check_tags(row: int, numbers: list[int], num_images: int) -> None:
+    """
+    Raises ValueError unless the tags of text `row` number its images from 1 on, without a gap.
+    """
+    distinct = sorted(set(numbers))
+    if distinct != list(range(1, len(distinct) + 1)):
+        raise ValueError(
+            f"Text {row}: image tags must be numbered 1, 2, 3, ... without a gap; found {distinct}."
+        )
+    if len(distinct) != num_images:
+        raise ValueError(
+            f"Text {row} has tags for {len(distinct)} images, but {num_images} images."
+        )
+
+
+__all__ = ["Phi3VProcessor"]

@@ -1,0 +1,52 @@
+"""
+What the tests share: the tiny official-format checkpoint, and where the real tokenizer is, if it is
+anywhere.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from golden_util import WTE_ALIAS, official_weights
+from safetensors.torch import save_file
+
+import phi3v  # noqa: F401  registers the classes
+
+GOLDEN = Path(__file__).parent / "golden"
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """The golden numbers were computed with two threads; other counts add up in another order."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def forward_cases() -> dict:
+    return json.loads((GOLDEN / "forward.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """
+    A checkpoint in the official format with the weights that the golden numbers were computed with.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    shapes = json.loads((GOLDEN / "keys_tiny.json").read_text())
+    weights = {name: torch.from_numpy(w) for name, w in official_weights(shapes).items()}
+    weights[WTE_ALIAS] = weights[WTE_ALIAS].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((GOLDEN / "config.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder() -> Path:
+    """The real tokenizer's files, which are not part of this repository."""
+    folder = os.environ.get("PHI3V_TOKENIZER", "")
+    if not (Path(folder) / "tokenizer.json").is_file():
+        pytest.skip("set PHI3V_TOKENIZER to a folder with Phi-3.5-vision's tokenizer files")
+    return Path(folder)

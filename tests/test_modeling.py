@@ -1,0 +1,521 @@
+"""The model against numbers computed with the official code, and what goes beyond it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from golden_util import make_image, unrle
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
+from phi3v.modeling_phi3_v import assign_images, token_order
+
+IMAGE = 32044
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing_(en|dis)able:FutureWarning"
+)
+
+UNUSED = ("encoder.layers.2.", "post_layernorm")
+
+
+def load(folder, **kwargs) -> Phi3VForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
+def rows(coded: list) -> torch.Tensor:
+    return torch.tensor([unrle(row) for row in coded])
+
+
+def case_inputs(case: dict, key: str = "input_ids_rle") -> dict:
+    """The inputs of a golden case, with the official negative placeholder ids."""
+    inputs = {"input_ids": rows(case.get("generate", {}).get(key) or case[key])}
+    specs = case.get("images") or [
+        spec for row in case.get("conversations", []) for turn in row for spec in turn[1]
+    ]
+    if specs:
+        processor = Phi3VImageProcessor(num_crops=case["num_crops"])
+        images = processor([make_image(spec) for spec in specs], return_tensors="pt")
+        del images["num_img_tokens"]
+        inputs.update(images)
+    if case.get("attention_mask_rle"):
+        inputs["attention_mask"] = rows(case["attention_mask_rle"]).bool()
+    return inputs
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(request, tiny_checkpoint):
+    return load(tiny_checkpoint, attn_implementation=request.param)
+
+
+CASES = list(json.loads((GOLDEN / "forward.json").read_text())["cases"])
+WITH_LOSS = [name for name in CASES if not name.startswith(("batch2", "generate"))]
+GENERATED = [name for name in CASES if not name.startswith(("multi_turn", "text_4"))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_image_features(model, forward_cases, name):
+    """Pixels, projected image rows, hidden states and logits are the official ones."""
+    case, arrays = forward_cases[name], np.load(GOLDEN / "forward.npz")
+    inputs = case_inputs(case)
+    if "pixel_values" in inputs:
+        pixels = inputs["pixel_values"].double()
+        assert list(pixels.shape) == case["pixel_values_shape"]
+        assert inputs["image_sizes"].tolist() == case["image_sizes"]
+        assert pixels.sum().item() == pytest.approx(case["pixel_values_sum_f64"], rel=1e-12)
+        assert pixels.square().sum().item() == pytest.approx(
+            case["pixel_values_sumsq_f64"], rel=1e-12
+        )
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        assert list(features.shape) == case["proj_shape"]
+        sampled = features[torch.from_numpy(arrays[f"{name}.proj_rows"]).long()]
+        torch.testing.assert_close(
+            sampled.detach(), torch.from_numpy(arrays[f"{name}.proj"]), rtol=0, atol=1e-3
+        )
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+    positions = torch.from_numpy(arrays[f"{name}.pos"]).long()
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, positions].bool()
+    logits = outputs.logits[:, positions]
+    for ours, golden in [
+        (logits[..., torch.from_numpy(arrays["cols"]).long()], arrays[f"{name}.logits_cols"]),
+        (outputs.hidden_states[-1][:, positions], arrays[f"{name}.hidden"]),
+        (logits.double().logsumexp(-1), arrays[f"{name}.logsumexp"]),
+    ]:
+        torch.testing.assert_close(ours[real], torch.from_numpy(golden)[real], rtol=0, atol=1e-3)
+    assert outputs.logits.shape == (case["batch"], case["seq_len"], 32064)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("name", WITH_LOSS)
+def test_loss_and_gradients(model, forward_cases, name, checkpointing):
+    """
+    Loss and the gradient norm of every parameter are the official ones, with the sparse head of
+    training too.
+    """
+    case = forward_cases[name]
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        outputs = model(**case_inputs(case), labels=rows(case["labels_rle"]), use_cache=False)
+        outputs.loss.backward()
+        norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+        embedding_grad = model.model.embed_tokens.weight.grad
+    finally:
+        model.gradient_checkpointing_disable()
+        model.zero_grad()
+        model.eval()
+    assert outputs.logits is None
+    assert outputs.loss.item() == pytest.approx(case["loss"], abs=1e-4)
+    golden = {n: norm for n, norm in case["grad_norms"].items() if norm is not None}
+    assert norms.keys() == golden.keys()
+    for parameter, norm in golden.items():
+        # k_proj's bias cancels in the softmax: its gradient is rounding noise.
+        if not parameter.endswith("k_proj.bias"):
+            assert norms[parameter] == pytest.approx(norm, rel=1e-4, abs=1e-6), parameter
+    assert embedding_grad[32000].norm() == case["embed_pad_row_grad_norm"]
+    assert embedding_grad[0].norm() == case["embed_row0_grad_norm"]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_greedy_generation(model, forward_cases, name):
+    """
+    Greedy tokens with the cache: left-padded batches, and across the 4,096-token switch of the RoPE
+    factors.
+    """
+    case = forward_cases[name]
+    inputs = case_inputs(case, key="prompt_ids_rle")
+    prompt_length = case["generate"]["prompt_len"]
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, prompt_length:]
+    assert tokens.tolist() == case["generate"]["new_tokens"]
+
+
+def test_tensor_names_of_the_real_model():
+    """
+    On the meta device, the official config gives the official names and shapes, the alias wte
+    excepted.
+    """
+    keys = json.loads((GOLDEN / "keys_full.json").read_text())
+    with torch.device("meta"):
+        full = AutoModelForCausalLM.from_config(
+            Phi3VConfig.from_pretrained(GOLDEN / "config_full.json")
+        )
+    expected = {name: shape for name, shape in keys["keys"].items() if name not in keys["aliases"]}
+    assert {name: list(tensor.shape) for name, tensor in full.state_dict().items()} == expected
+    assert sum(p.numel() for p in full.parameters()) == keys["total_unique_params"]
+    assert {n for n, p in full.named_parameters() if not p.requires_grad} == set(
+        keys["unused_in_forward"]
+    )
+
+
+def test_unused_clip_tensors_are_never_run(tiny_checkpoint):
+    """What CLIP computes and nobody reads costs nothing: poisoned, it changes nothing."""
+    model = load(tiny_checkpoint)
+    pixels = torch.randn(1, 2, 3, 336, 336)
+    before = model.model.get_image_features(pixels, [[336, 336]])
+    unused = [p for n, p in model.named_parameters() if any(part in n for part in UNUSED)]
+    assert unused and not any(p.requires_grad for p in unused)
+    with torch.no_grad():
+        for parameter in unused:
+            parameter.fill_(float("nan"))
+    assert torch.equal(model.model.get_image_features(pixels, [[336, 336]]), before)
+
+
+def test_load_and_save_keep_every_bit(tiny_checkpoint, tmp_path):
+    """
+    Load, save, load: all tensors bit for bit, unused ones included, official names, alias dropped.
+    """
+    original = load_file(tiny_checkpoint / "model.safetensors")
+    del original["model.vision_embed_tokens.wte.weight"]
+    load(tiny_checkpoint).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in original)
+    again = load(tmp_path).state_dict()
+    assert all(torch.equal(again[name], original[name]) for name in original)
+
+
+def test_saved_config_is_official(tiny_checkpoint, tmp_path):
+    """
+    Older stacks and other engines read rope_scaling, auto_map and the stop tokens from what we
+    save.
+    """
+    load(tiny_checkpoint).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    official = json.loads((GOLDEN / "config.json").read_text())
+    for key in (
+        "rope_scaling",
+        "rope_theta",
+        "img_processor",
+        "embd_layer",
+        "model_type",
+        "architectures",
+    ):
+        assert saved[key] == official[key], key
+    assert "rope_parameters" not in saved
+    assert saved["auto_map"] == official["auto_map"]
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [32000, 32001, 32007]
+    assert (tmp_path / "modeling_phi3_v.py").is_file() and (
+        tmp_path / "configuration_phi3_v.py"
+    ).is_file()
+
+
+def test_config_leaves_the_callers_dict_alone():
+    """A config built twice from one dict is the same config; official code failed there."""
+    official = json.loads((GOLDEN / "config_full.json").read_text())
+    copy = json.loads(json.dumps(official))
+    first, second = Phi3VConfig(**official), Phi3VConfig(**official)
+    assert official == copy and first.to_dict() == second.to_dict()
+    assert first._attn_implementation is None, (
+        "the checkpoint must not choose how attention is computed"
+    )
+
+
+def test_embedding_under_its_alias_alone(tiny_checkpoint, tmp_path):
+    """Some saved checkpoints hold the token embedding only as wte."""
+    weights = load_file(tiny_checkpoint / "model.safetensors")
+    embedding = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((GOLDEN / "config.json").read_text())
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32
+    )
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "model.embed_tokens.weight" in saved and not any("wte" in name for name in saved)
+
+
+def test_no_code_from_the_folder_runs(tiny_checkpoint, tmp_path):
+    """The folder's auto_map is ignored, whatever trust_remote_code says."""
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    for name in ("configuration_phi3_v.py", "modeling_phi3_v.py"):
+        (tmp_path / name).write_text("raise SystemExit('code from the model folder ran')")
+    for trust in (None, False, True):
+        kwargs = {} if trust is None else {"trust_remote_code": trust}
+        assert type(AutoConfig.from_pretrained(tmp_path, **kwargs)) is Phi3VConfig
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path, **kwargs)) is Phi3VForCausalLM
+
+
+@pytest.mark.slow
+def test_saved_folder_works_without_this_package(tiny_checkpoint, tmp_path):
+    """The code files that travel with a checkpoint are enough for plain transformers."""
+    load(tiny_checkpoint).save_pretrained(tmp_path / "saved")
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('saved', trust_remote_code=True,"
+        " dtype=torch.float32)\n"
+        "assert 'phi3v' not in sys.modules and 'transformers_modules' in type(model).__module__\n"
+        "print(model(torch.arange(3, 15)[None]).logits.double().sum().item())"
+    )
+    env = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        ours = load(tiny_checkpoint)(torch.arange(3, 15)[None]).logits.double().sum().item()
+    assert float(result.stdout) == pytest.approx(ours, abs=1e-3)
+
+
+# ---------------------------------------------------------------- beyond the official code
+
+
+def sample(
+    *images: tuple[int, int], text: tuple[int, ...] = (5, 6, 7), num_crops: int = 4, seed: int = 0
+):
+    """A prompt of some ids, then images of (width, height), each followed by an id."""
+    processor = Phi3VImageProcessor(num_crops=num_crops)
+    ids = list(text)
+    specs = [
+        {"gen": "photo", "seed": seed + i, "w": w, "h": h, "mode": "RGB"}
+        for i, (w, h) in enumerate(images)
+    ]
+    encoded = processor([make_image(spec) for spec in specs], return_tensors="pt") if specs else {}
+    for length in encoded.get("num_img_tokens", []):
+        ids += [IMAGE] * int(length) + [1]
+    return ids + [9, 10, 11], encoded
+
+
+def batch(*samples, side: str) -> dict:
+    """Samples of `sample` padded to one batch on the given side."""
+    length = max(len(ids) for ids, _ in samples)
+    input_ids, mask = [], []
+    for ids, _ in samples:
+        padding = length - len(ids)
+        input_ids.append([32000] * padding + ids if side == "left" else ids + [32000] * padding)
+        mask.append(
+            [0] * padding + [1] * len(ids) if side == "left" else [1] * len(ids) + [0] * padding
+        )
+    inputs = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
+    images = [encoded for _, encoded in samples if encoded]
+    if images:
+        for key in ("pixel_values", "image_sizes"):
+            inputs[key] = torch.cat([encoded[key] for encoded in images])
+    return inputs
+
+
+MIXED = [
+    sample((300, 200), (200, 300), seed=1),
+    sample(),
+    sample((500, 100), text=(8, 4), seed=7),
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_does_not_depend_on_its_batch(model, side):
+    """
+    Rows with two, no and one image give in a batch, padded on either side, what they give alone.
+    """
+    with torch.no_grad():
+        together = model(**batch(*MIXED, side=side)).logits
+        for row, one in enumerate(MIXED):
+            alone = model(**batch(one, side=side)).logits[0]
+            length = len(alone)
+            ours = together[row, -length:] if side == "left" else together[row, :length]
+            torch.testing.assert_close(ours, alone, rtol=0, atol=1e-3)
+
+
+def test_mixed_batch_generates_what_each_row_does(model):
+    """Batched generation of rows with different numbers of images equals one at a time."""
+    together = model.generate(**batch(*MIXED, side="left"), max_new_tokens=8, do_sample=False)[
+        :, -8:
+    ]
+    for row, one in enumerate(MIXED):
+        alone = model.generate(**batch(one, side="left"), max_new_tokens=8, do_sample=False)[0, -8:]
+        assert together[row].tolist() == alone.tolist()
+
+
+def test_left_padding_across_the_switch_with_images(tiny_checkpoint):
+    """
+    The switch to the long factors hands the images in again and counts real tokens, not padding.
+    """
+    model = load(tiny_checkpoint)
+    long = sample((336, 336), text=tuple(range(3, 3 + 3330)), num_crops=4)
+    assert 4085 < len(long[0]) < 4097
+    short = sample((300, 200))
+    inputs = batch(long, short, side="left")
+    cached = model.generate(**inputs, max_new_tokens=14, do_sample=False)
+    naive = model.generate(**inputs, max_new_tokens=14, do_sample=False, use_cache=False)
+    assert cached.shape[1] > 4097
+    assert cached[0].tolist() == naive[0].tolist()
+    padded = {k: v.clone() for k, v in batch(short, short, side="left").items()}
+    padded["input_ids"] = torch.nn.functional.pad(padded["input_ids"], (4090 - 770, 0), value=32000)
+    padded["attention_mask"] = torch.nn.functional.pad(padded["attention_mask"], (4090 - 770, 0))
+    plain = model.generate(**batch(short, side="left"), max_new_tokens=30, do_sample=False)[0, -30:]
+    assert (
+        model.generate(**padded, max_new_tokens=30, do_sample=False)[0, -30:].tolist()
+        == plain.tolist()
+    )
+
+
+def test_beams_keep_the_images_of_their_row(tiny_checkpoint):
+    """Beam search repeats rows; all images of a row must move with it."""
+    model = load(tiny_checkpoint)
+    together = model.generate(
+        **batch(*MIXED, side="left"), max_new_tokens=5, num_beams=3, do_sample=False
+    )
+    for row, one in enumerate(MIXED):
+        alone = model.generate(
+            **batch(one, side="left"), max_new_tokens=5, num_beams=3, do_sample=False
+        )
+        assert together[row, -5:].tolist() == alone[0, -5:].tolist()
+
+
+def test_padded_crops_are_not_encoded(tiny_checkpoint):
+    """Only real crops go through CLIP, and what stands in the padding does not matter."""
+    model = load(tiny_checkpoint)
+    seen = []
+    tower = model.model.vision_embed_tokens.img_processor
+    tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    inputs = batch(sample((640, 480), num_crops=16), side="right")
+    real = int((inputs["image_sizes"] // 336).prod(-1)) + 1
+    assert real < inputs["pixel_values"].shape[1]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        inputs["pixel_values"][:, real:] = float("nan")
+        assert torch.equal(model(**inputs).logits, expected)
+    assert seen == [real, real]
+
+
+def test_training_head_runs_only_at_labels(tiny_checkpoint):
+    """In training, lm_head sees the labelled positions alone; the loss is that of full logits."""
+    model = load(tiny_checkpoint)
+    inputs = batch(*MIXED, side="right")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[0, 5:9], labels[2, -3:] = torch.tensor([3, 4, 5, 6]), torch.tensor([7, 8, 9])
+    with torch.no_grad():
+        full = model(**inputs, labels=labels)
+        assert full.logits.shape[:2] == labels.shape
+        seen = []
+        model.lm_head.register_forward_pre_hook(
+            lambda module, args: seen.append(tuple(args[0].shape))
+        )
+        sparse = model.train()(**inputs, labels=labels, use_cache=False)
+        scaled = model(
+            **inputs, labels=labels, use_cache=False, num_items_in_batch=torch.tensor(14)
+        )
+    assert seen == [(7, 64)] * 2 and sparse.logits is None
+    expected = cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(sparse.loss, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scaled.loss, expected / 2, rtol=0, atol=1e-4)
+
+
+def test_batch_without_labels_does_not_poison_training(tiny_checkpoint):
+    """A micro-batch without a label has loss 0 and finite gradients."""
+    model = load(tiny_checkpoint).train()
+    ids = torch.arange(3, 13)[None]
+    loss = model(ids, labels=torch.full_like(ids, -100), use_cache=False).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_standard_forward_arguments(tiny_checkpoint):
+    """
+    logits_to_keep, inputs_embeds, position_ids and a cache carried by hand behave as in
+    transformers.
+    """
+    model = load(tiny_checkpoint)
+    inputs = batch(MIXED[0], side="right")
+    with torch.no_grad():
+        full = model(**inputs).logits
+        kept = model(**inputs, logits_to_keep=2).logits
+        torch.testing.assert_close(kept, full[:, -2:], rtol=0, atol=1e-4)
+        embeds = model.model.embed(
+            inputs["input_ids"], inputs["pixel_values"], inputs["image_sizes"]
+        )
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, full, rtol=0, atol=1e-4)
+        positions = torch.arange(full.shape[1])[None]
+        torch.testing.assert_close(
+            model(**inputs, position_ids=positions).logits, full, rtol=0, atol=1e-4
+        )
+        first = model(
+            input_ids=inputs["input_ids"][:, :-4],
+            pixel_values=inputs["pixel_values"],
+            image_sizes=inputs["image_sizes"],
+            use_cache=True,
+        )
+        rest = model(input_ids=inputs["input_ids"][:, -4:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(rest.logits, full[:, -4:], rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="exactly one"):
+        model(input_ids=inputs["input_ids"], inputs_embeds=embeds)
+
+
+def test_placeholders_that_do_not_fit(tiny_checkpoint):
+    """
+    Too few or too many placeholders are an error with both numbers and the sample, in any row.
+    """
+    model = load(tiny_checkpoint)
+    good = batch(MIXED[0], MIXED[2], side="left")
+    placeholders = (good["input_ids"] == IMAGE).sum(-1).tolist()
+    for row in (0, 1):
+        short = {k: v.clone() for k, v in good.items()}
+        position = (short["input_ids"][row] == IMAGE).nonzero()[0]
+        short["input_ids"][row, position] = 5
+        wanted = placeholders[row]
+        message = f"Sample {row} .* {wanted - 1} image placeholders.*give {wanted} features"
+        with pytest.raises(ValueError, match=message):
+            model(**short)
+    with pytest.raises(ValueError, match="Sample 0 .*give 0 features"):
+        assign_images([144], [])
+    with pytest.raises(ValueError, match="Sample 1 .*has 0 .*give 144 features"):
+        assign_images([144, 0], [144, 144])
+    assert assign_images([0, 300, 0, 144], [144, 156, 144]) == [0, 2, 0, 1]
+
+
+def test_frequencies_survive_a_cast(tiny_checkpoint):
+    """DeepSpeed calls model.bfloat16(): RoPE's frequencies must stay exact."""
+    model = load(tiny_checkpoint)
+    exact = model.model.rotary_emb.inv_freq.clone()
+    model.bfloat16()
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+    assert model.model.rotary_emb.original_inv_freq.dtype == torch.float32
+
+
+def test_low_precision_loss(tiny_checkpoint, forward_cases):
+    """
+    bf16 weights give the loss that they gave in the official code (14.129), within bf16 noise.
+    """
+    case = forward_cases["single_small"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    with torch.no_grad():
+        loss = model(**case_inputs(case), labels=rows(case["labels_rle"])).loss
+    assert loss.item() == pytest.approx(14.129274, abs=0.1)
+
+
+def test_autocast_with_images(tiny_checkpoint, forward_cases):
+    """
+    Mixed precision over fp32 weights runs with images, which the official code could not do on CPU.
+    """
+    case = forward_cases["single_small"]
+    model = load(tiny_checkpoint).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**case_inputs(case), labels=rows(case["labels_rle"]), use_cache=False).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=0.1)
+
+
+def test_token_order_covers_an_image():
+    """
+    Every feature of every crop appears once, each line ends in a separator, and one stands between
+    the views.
+    """
+    order = token_order(2, 3, 4)
+    assert sorted(order[order >= 0].tolist()) == list(range(7 * 16))
+    assert (order == -2).sum() == 1 and (order == -1).sum() == 2 * 4 + 4
+    local, view = order[: 8 * 13], order[8 * 13 + 1 :]
+    assert order[8 * 13] == -2 and (local.view(8, 13)[:, -1] == -1).all()
+    # First line: line 0 of crops 1, 2 and 3, side by side.
+    assert local[:12].tolist() == [*range(16, 20), *range(32, 36), *range(48, 52)]
+    assert view.view(4, 5)[:, :-1].flatten().tolist() == list(range(16))
