@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import CLIPVisionModel, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import (
     Phi3Model,
@@ -210,8 +210,8 @@ def assign_images(placeholders: list[int], image_tokens: list[int]) -> list[int]
         if found != wanted:
             raise ValueError(
                 f"Sample {row} of the batch has {wanted} image placeholders in input_ids, but its "
-                f"images give {found} features. Were pixel_values and image_sizes made with the same "
-                "text and num_crops?"
+                f"images give {found} features. Were pixel_values and image_sizes made with the "
+                "same text and num_crops?"
             )
         counts.append(used - first)
     return counts

@@ -1,0 +1,149 @@
+"""The command line that all recipes share."""
+
+import argparse
+import os
+
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the script's docstring as it is written."""
+
+
+def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParser:
+    """A parser with the flags of every recipe; `num_crops` is the recipe's own default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_name_or_path",
+        default="microsoft/Phi-3.5-vision-instruct",
+        help="hub id or local folder of the checkpoint to start from",
+    )
+    group.add_argument(
+        "--num_crops",
+        type=int,
+        default=num_crops,
+        help="most HD crops an image is cut into, 1 to 16",
+    )
+    group.add_argument(
+        "--use_flash_attention", action="store_true", help="flash attention 2; implies --bf16"
+    )
+    group.add_argument(
+        "--bf16", action="store_true", help="bf16 instead of the default fp16 mixed precision"
+    )
+
+    group = parser.add_argument_group("what is trained (default: everything)")
+    group.add_argument(
+        "--freeze_vision_model", action="store_true", help="train the language model only"
+    )
+    group.add_argument("--use_lora", action="store_true", help="train LoRA adapters")
+    group.add_argument(
+        "--use_qlora", action="store_true", help="LoRA on a 4-bit NF4 model; implies --use_lora"
+    )
+    group.add_argument("--lora_rank", type=int, default=64, help="rank of the adapters")
+    group.add_argument(
+        "--lora_alpha_ratio", type=float, default=2, help="LoRA's alpha = rank x ratio"
+    )
+    group.add_argument(
+        "--lora_dropout", type=float, default=0.0, help="dropout before the adapters"
+    )
+
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--output_dir",
+        default="./output/",
+        help="where the model, the processor, eval_before.json and eval_after.json go",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="effective batch size, over all GPUs and accumulation steps",
+    )
+    group.add_argument(
+        "--batch_size_per_gpu",
+        type=int,
+        default=1,
+        help="micro batch; --batch_size must be divisible by GPUs x this",
+    )
+    group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
+    group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")
+    group.add_argument("--wd", type=float, default=0.01, help="weight decay")
+    group.add_argument("--seed", type=int, default=42, help="seed of data order and adapters")
+    group.add_argument(
+        "--deepspeed",
+        metavar="FILE",
+        help="DeepSpeed config, or `none` for plain DDP (default: ZeRO-2, "
+        "ds_configs/zero2.json, for full finetuning; none for LoRA)",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        help="processes per GPU that prepare batches (default: 4, and 0 on a machine without GPU)",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--no-tqdm", dest="tqdm", action="store_false", default=True, help="no progress bars"
+    )
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval_batch_size_per_gpu", type=int, default=8, help="prompts generated at a time"
+    )
+    group.add_argument("--max_new_tokens", type=int, default=64, help="longest generated answer")
+    parser.set_defaults(deepspeed=None, dataloader_num_workers=None)
+    return parser
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """
+    Parse, apply what a flag implies, and check what can be checked before anything is loaded.
+
+    Exits with status 2 and a message that names the flag to change, as argparse does.
+    """
+    args = parser.parse_args(argv)
+    args.use_lora = args.use_lora or args.use_qlora
+    args.bf16 = args.bf16 or args.use_flash_attention
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+
+    def refuse(message: str) -> None:
+        # Every rank finds the same mistake; one says it.
+        parser.error(message) if rank == 0 else parser.exit(2)
+
+    if not 1 <= args.num_crops <= 16:
+        refuse(f"--num_crops must be 1 to 16, not {args.num_crops}.")
+    for flag in (
+        "batch_size",
+        "batch_size_per_gpu",
+        "eval_batch_size_per_gpu",
+        "max_new_tokens",
+        "lora_rank",
+    ):
+        if getattr(args, flag) < 1:
+            refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
+    per_step = world_size * args.batch_size_per_gpu
+    if args.batch_size % per_step:
+        refuse(
+            f"--batch_size {args.batch_size} must be divisible by {world_size} processes x "
+            f"--batch_size_per_gpu {args.batch_size_per_gpu} = {per_step}."
+        )
+    if args.num_train_epochs <= 0:
+        refuse(f"--num_train_epochs must be above 0, not {args.num_train_epochs}.")
+    if args.use_flash_attention and not torch.cuda.is_available():
+        refuse("--use_flash_attention needs a GPU, and none is visible. Without it, sdpa is used.")
+    if args.use_flash_attention and not is_flash_attn_2_available():
+        refuse(
+            "--use_flash_attention needs the package flash-attn: pip install flash-attn "
+            "--no-build-isolation. Without the flag, sdpa is used."
+        )
+    if args.bf16 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        refuse(
+            f"--bf16 needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}. Leave away "
+            "--bf16 and --use_flash_attention: fp16 mixed precision is the default."
+        )
+    return args

@@ -1,0 +1,289 @@
+"""
+What the recipes share around the Trainer: its arguments, the model and its adapters, the numbers at
+the end.
+"""
+
+import argparse
+import os
+import resource
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from .modeling_phi3_v import Phi3VForCausalLM
+from .processing_phi3_v import Phi3VProcessor
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+LANGUAGE_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+PROJECTION_TARGETS = ["img_projection.0", "img_projection.2"]
+
+
+def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    """
+    The recipe's TrainingArguments. Also starts the process group, and silences every rank but the
+    first.
+
+    Full finetuning runs under DeepSpeed ZeRO-2, LoRA under plain DDP, unless --deepspeed says
+    otherwise.
+    """
+    on_gpu = torch.cuda.is_available()
+    deepspeed = args.deepspeed
+    if deepspeed is None:
+        deepspeed = "none" if args.use_lora else str(DS_CONFIGS / "zero2.json")
+    if deepspeed != "none":
+        if not Path(deepspeed).is_file():
+            sys.exit(f"--deepspeed {deepspeed}: there is no such file. Give a config, or `none`.")
+        _prepare_deepspeed(on_gpu)
+    first = int(os.environ.get("RANK", 0)) == 0
+    _filter_warnings(first)
+    workers = args.dataloader_num_workers
+    if workers is None:
+        workers = 4 if on_gpu else 0
+    training_args = TrainingArguments(
+        output_dir=args.output_dir,
+        per_device_train_batch_size=args.batch_size_per_gpu,
+        gradient_accumulation_steps=args.batch_size
+        // (int(os.environ.get("WORLD_SIZE", 1)) * args.batch_size_per_gpu),
+        num_train_epochs=args.num_train_epochs,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=50,
+        weight_decay=args.wd,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        max_grad_norm=1.0,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=args.bf16,
+        # Without a GPU there is no fp16: the Trainer would run float32 under that name.
+        fp16=on_gpu and not args.bf16,
+        use_cpu=not on_gpu,
+        deepspeed=None if deepspeed == "none" else deepspeed,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=workers,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        # Records reach the collator as they are.
+        remove_unused_columns=False,
+        label_names=["labels"],
+        # Without a bar, the Trainer prints on every machine; with one, on the first rank alone.
+        disable_tqdm=not args.tqdm and first,
+        seed=args.seed,
+        log_level="warning",
+        log_level_replica="error",
+    )
+    if not (args.tqdm and first):
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    if not first:
+        transformers.logging.set_verbosity_error()
+    print_first(
+        f"{training_args.world_size} x {training_args.device.type}, {_precision(args, on_gpu)}, "
+        f"{'flash attention 2' if args.use_flash_attention else 'sdpa attention'}, "
+        f"{'DDP' if deepspeed == 'none' else 'DeepSpeed ' + Path(deepspeed).stem}, batches of "
+        f"{args.batch_size} = {training_args.world_size} x {args.batch_size_per_gpu} x "
+        f"{training_args.gradient_accumulation_steps} accumulation steps"
+    )
+    return training_args
+
+
+def _prepare_deepspeed(on_gpu: bool) -> None:
+    if not on_gpu:
+        # DeepSpeed's shared-memory collectives serve inference on CPUs. Training never uses them,
+        # and compiling them takes two minutes at the first collective.
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        # Started without torchrun: one process, which DeepSpeed would ask MPI about.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+
+
+def _filter_warnings(first: bool) -> None:
+    """Keep quiet what a user can't act on: names that libraries are about to change."""
+    if not first:
+        warnings.simplefilter("ignore")
+    for message in (r".*gradient_checkpointing", r"`torch\.distributed\."):
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+
+
+def _precision(args: argparse.Namespace, on_gpu: bool) -> str:
+    if args.bf16:
+        return "bf16"
+    return "fp16 mixed precision" if on_gpu else "float32 (no GPU, so no fp16)"
+
+
+def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
+    """The processor of --model_name_or_path, with --num_crops."""
+    return AutoProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+
+
+def load_model(
+    args: argparse.Namespace, training_args: TrainingArguments
+) -> Phi3VForCausalLM | PeftModel:
+    """
+    The model as the flags ask for it: its precision and attention, 4-bit, frozen parts, adapters.
+
+    Weights are float32 where the optimizer updates them directly, and in the low precision where
+    DeepSpeed keeps a float32 copy or where they are frozen under adapters.
+    """
+    # Before anything random: the adapters' initialisation has to be the same on every rank and in
+    # every run.
+    transformers.set_seed(args.seed)
+    low = torch.bfloat16 if training_args.bf16 else torch.float16
+    low_precision = training_args.bf16 or training_args.fp16
+    # DeepSpeed's fp16 engine casts the model itself, and keeps what float32 weights hold beyond
+    # fp16's range.
+    mastered = training_args.deepspeed is not None and training_args.bf16
+    quantization = {}
+    if args.use_qlora:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=low if low_precision else torch.float32,
+            # Only the decoder's layers are quantised: the rest is small, and its precision matters.
+            llm_int8_skip_modules=["lm_head", "model.vision_embed_tokens"],
+        )
+        quantization["device_map"] = {"": training_args.device}
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=low if low_precision and (mastered or args.use_lora) else torch.float32,
+        attn_implementation="flash_attention_2" if args.use_flash_attention else "sdpa",
+        **quantization,
+    )
+    if args.use_qlora and training_args.device.type == "cpu":
+        # An evaluation would repack the weights for an inference kernel without gradients, and the
+        # training after it would go on with that kernel.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    if args.freeze_vision_model:
+        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
+        model.model.vision_embed_tokens.requires_grad_(False)
+    if args.use_lora:
+        model = get_peft_model(model, lora_config(args, model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print_first(f"{trained:,} trained parameters")
+    return model
+
+
+def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig:
+    """
+    The recipe's LoRA: all linear layers that run, of the language model alone with
+    --freeze_vision_model.
+    """
+    targets = list(LANGUAGE_TARGETS)
+    if not args.freeze_vision_model:
+        targets += VISION_TARGETS + PROJECTION_TARGETS
+    last = model.config.get_vision_config().num_hidden_layers - 1
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank * args.lora_alpha_ratio,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        # CLIP's last layer is never run, see `Phi3VisionTower`.
+        exclude_modules=rf".*\.vision_model\.encoder\.layers\.{last}\..*",
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_model(trainer: Trainer, processor: Phi3VProcessor) -> None:
+    """Write the trained model (of LoRA: the adapter) and the processor to the output folder."""
+    folder = trainer.args.output_dir
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        if trainer.is_world_process_zero():
+            # lm_head has an adapter, which makes PEFT save the whole of it as well unless told
+            # otherwise.
+            model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        # The Trainer turns the cache off for training; a saved model generates.
+        model.config.use_cache = True
+        trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(folder)
+        trainer.save_state()
+        print_first(
+            f"Saved the {'adapter' if isinstance(model, PeftModel) else 'model'} to {folder}"
+        )
+
+
+class ThroughputCallback(TrainerCallback):
+    """Counts tokens while training, and prints samples/s, tokens/s and peak memory at its end."""
+
+    def __init__(self):
+        self.tokens: torch.Tensor | int = 0
+        self.samples = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # On the device and without a sum over ranks, so that counting never waits for a step.
+        def count(module, inputs, named_inputs):
+            mask = named_inputs.get("attention_mask")
+            if module.training and mask is not None:
+                self.tokens = self.tokens + mask.sum()
+                self.samples += len(mask)
+
+        self.hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        self.start = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        seconds = time.perf_counter() - self.start
+        self.hook.remove()
+        total = torch.tensor(
+            [self.samples, int(self.tokens)], device=args.device, dtype=torch.float64
+        )
+        peak = torch.tensor(_peak_memory(), device=args.device, dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+            dist.all_reduce(peak, dist.ReduceOp.MAX)
+        samples, tokens = total.tolist()
+        numbers = {
+            "train_samples_per_second": samples / seconds,
+            "train_tokens_per_second": tokens / seconds,
+            "peak_memory_gb_per_process": peak.item() / 1e9,
+        }
+        state.log_history.append({**numbers, "step": state.global_step})
+        print_first(
+            f"Training: {samples:,.0f} samples in {seconds:,.1f} s, {samples / seconds:.2f} "
+            f"samples/s, {tokens / seconds:,.0f} tokens/s, "
+            f"peak memory {peak.item() / 1e9:.2f} GB a process"
+        )
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_first(message: str) -> None:
+    """Print on the first rank alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)

@@ -1,0 +1,216 @@
+"""The processors against pixels and ids computed with the official code, and what goes beyond it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor
+
+from conftest import GOLDEN, REPO
+from golden_util import make_image, unrle
+from phi3v import Phi3VImageProcessor, Phi3VProcessor
+
+IMAGE = 32044
+PIXELS = json.loads((GOLDEN / "processor.json").read_text())
+TOKENS = json.loads((GOLDEN / "tokens.json").read_text())
+
+
+def pixel_case_id(case: dict) -> str:
+    spec = case["spec"]
+    return f"{spec['w']}x{spec['h']}-{spec.get('mode', 'RGB')}-{case['num_crops']}"
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in PIXELS["cases"] if "error" not in c], ids=pixel_case_id
+)
+def test_pixels(case):
+    """Sizes, token counts, the resized image and every crop are the official ones, bit for bit."""
+    processor = Phi3VImageProcessor(num_crops=case["num_crops"])
+    image = make_image(case["spec"])
+    encoded = processor(image, return_tensors="pt")
+    assert list(encoded["pixel_values"].shape) == case["pixel_values_shape"]
+    assert encoded["pixel_values"].dtype == torch.float32
+    assert encoded["image_sizes"].tolist() == case["image_sizes"]
+    assert encoded["num_img_tokens"].tolist() == case["num_img_tokens"]
+    assert processor.calc_num_image_tokens_from_image_size(*image.size) == case["calc_from_size"]
+    assert processor.calc_num_image_tokens(image) == case["num_img_tokens"]
+    assert list(processor.calc_hd_size(*image.size)) == case["hd_size_wh"]
+    levels = processor._hd_transform(image.convert("RGB"), case["num_crops"]).astype(np.int64)
+    assert levels.sum() == case["hd_u8_sum"]
+    channel, row, column = np.array(PIXELS["sample_idx"]).T
+    crops = encoded["pixel_values"][0]
+    for crop, golden in zip(crops, case["crops"], strict=False):
+        values = crop.double()
+        ours = [values.mean(), values.std(correction=0), values.min(), values.max()]
+        assert [v.item() for v in ours] == pytest.approx(golden[:4], rel=1e-7, abs=1e-7)
+        # The golden samples are written with nine digits, which name a float32 exactly.
+        assert np.array_equal(crop[channel, row, column].numpy(), np.float32(golden[4:]))
+    assert not crops[case["n_real_crops"] :].any()
+
+
+@pytest.mark.parametrize("case", [c for c in PIXELS["cases"] if "error" in c], ids=pixel_case_id)
+def test_too_long_and_thin(case):
+    """An aspect ratio that the HD transform cannot hold is an error that says so."""
+    processor = Phi3VImageProcessor(num_crops=case["num_crops"])
+    with pytest.raises(ValueError, match=f"too long and thin for num_crops={case['num_crops']}"):
+        processor(make_image(case["spec"]))
+
+
+def test_arrays_and_tensors_are_images_too():
+    """A numpy array or a tensor gives what the same PIL image gives."""
+    image = make_image({"gen": "photo", "seed": 3, "w": 60, "h": 40})
+    processor = Phi3VImageProcessor(num_crops=2)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    array = np.array(image)
+    for other in (array, torch.from_numpy(array).permute(2, 0, 1)):
+        assert torch.equal(processor(other, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_small_crops_follow_the_crop_size():
+    """A tiny vision tower has small crops; everything scales with them."""
+    processor = Phi3VImageProcessor(num_crops=2, crop_size={"height": 56, "width": 56})
+    encoded = processor(Image.new("RGB", (100, 40)), return_tensors="pt")
+    assert encoded["pixel_values"].shape == (1, 3, 3, 56, 56)
+    assert encoded["image_sizes"].tolist() == [[56, 112]]
+    assert encoded["num_img_tokens"].tolist() == [(2 + 1) * 4 + 1 + 2 * 2]
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer_folder):
+    return AutoProcessor.from_pretrained(tokenizer_folder)
+
+
+def test_auto_classes_load_the_official_folder(tokenizer_folder):
+    """The hub's folder, with its auto_map, loads as our classes with num_crops as asked for."""
+    processor = AutoProcessor.from_pretrained(tokenizer_folder, num_crops=16)
+    assert type(processor) is Phi3VProcessor
+    assert processor.image_processor.num_crops == 16
+    assert type(AutoImageProcessor.from_pretrained(tokenizer_folder)) is Phi3VImageProcessor
+
+
+@pytest.mark.parametrize("case", TOKENS["cases"], ids=lambda case: case["name"])
+def test_prompt_ids(processor, case):
+    """Template and ids are the official ones, with <|image|> for the negative ids."""
+    if case["messages"]:
+        text = processor.apply_chat_template(
+            case["messages"], add_generation_prompt=case["add_generation_prompt"]
+        )
+        assert text == case["text"]
+    images = [make_image(spec) for spec in case.get("image_specs") or []]
+    encoded = processor(case["text"], images or None, num_crops=case["num_crops"])
+    golden = [IMAGE if token < 0 else token for token in unrle(case["input_ids_rle"])]
+    assert encoded["input_ids"].tolist() == [golden]
+    assert encoded["attention_mask"].all()
+
+
+@pytest.mark.parametrize("case", TOKENS["responses"], ids=lambda case: repr(case["text"]))
+def test_response_ids(processor, case):
+    """Answers tokenize and decode as in the official code."""
+    ids = processor.tokenizer(case["text"], add_special_tokens=False).input_ids
+    assert ids == case["input_ids"]
+    assert processor.decode(ids, skip_special_tokens=True) == case["decode_skip_special"]
+
+
+def test_several_texts_with_their_own_images(processor):
+    """Nested and flat images give each text its own; rows equal what each text gives alone."""
+    images = [make_image({"gen": "photo", "seed": i, "w": 40 + i, "h": 30}) for i in range(3)]
+    texts = ["<|image_1|> and <|image_2|>", "none", "<|image_1|>"]
+    nested = processor(texts, [images[:2], [], images[2:]], padding=True)
+    flat = processor(texts, images, padding=True)
+    assert all(torch.equal(nested[name], flat[name]) for name in nested)
+    for row, own in enumerate([images[:2], None, images[2:]]):
+        alone = processor(texts[row], own)["input_ids"][0].tolist()
+        length = nested["attention_mask"][row].sum()
+        assert length == len(alone) and nested["input_ids"][row, :length].tolist() == alone
+    assert len(nested["pixel_values"]) == 3
+
+
+def test_tags_out_of_order_get_their_own_image(processor):
+    """<|image_2|> before <|image_1|> puts the second image first."""
+    images = [make_image({"gen": "photo", "seed": i, "w": 40, "h": 30}) for i in range(2)]
+    swapped = processor("<|image_2|> <|image_1|>", images)["pixel_values"]
+    assert torch.equal(swapped, processor("<|image_1|> <|image_2|>", images[::-1])["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "message"),
+    [
+        ("no tag", 1, "Text 0 has tags for 0 images, but 1 images"),
+        ("<|image_1|><|image_2|>", 1, "Text 0 has tags for 2 images, but 1 images"),
+        ("<|image_1|><|image_3|>", 2, r"numbered 1, 2, 3.*found \[1, 3\]"),
+        ("<|image_0|>", 1, r"numbered 1, 2, 3.*found \[0\]"),
+    ],
+)
+def test_tags_that_do_not_match(processor, text, count, message):
+    """Tags and images that do not belong together are an error that says what was found."""
+    with pytest.raises(ValueError, match=message):
+        processor(text, [Image.new("RGB", (30, 30))] * count)
+
+
+def test_texts_and_images_that_do_not_match(processor):
+    """So are texts and lists of images of different numbers."""
+    image = Image.new("RGB", (30, 30))
+    with pytest.raises(ValueError, match="2 texts and images for 1"):
+        processor(["<|image_1|>", "<|image_1|>"], [[image]])
+    with pytest.raises(ValueError, match="tags for 2 images, but there are 1"):
+        processor(["<|image_1|>", "<|image_1|>"], [image])
+
+
+def test_image_tags_are_not_held_in_memory(processor):
+    """img_tokens answers like the official list of a million strings, without being one."""
+    tags = processor.img_tokens
+    assert len(tags) == 1_000_000 and tags[:2] == ["<|image_1|>", "<|image_2|>"]
+    assert tags[-1] == "<|image_1000000|>" and not isinstance(tags, list)
+    with pytest.raises(IndexError):
+        tags[1_000_000]
+
+
+def test_saved_processor(processor, tmp_path):
+    """A saved folder has what older code and other engines read, and loads as it was."""
+    processor.image_processor.num_crops = 7
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["num_crops"] == 7 and saved["num_img_tokens"] == 144
+    assert saved["processor_class"] == "Phi3VProcessor"
+    assert saved["auto_map"] == {
+        "AutoImageProcessor": "image_processing_phi3_v.Phi3VImageProcessor",
+        "AutoProcessor": "processing_phi3_v.Phi3VProcessor",
+    }
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.image_processor.num_crops == 7
+    assert again.chat_template == processor.chat_template == TOKENS["chat_template"]
+    assert again.stop_token_ids == [32000, 32001, 32007]
+
+
+@pytest.mark.slow
+def test_saved_processor_works_without_this_package(processor, tmp_path):
+    """The code files that travel with a processor are enough for plain transformers."""
+    processor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text((GOLDEN / "config_full.json").read_text())
+    script = (
+        "import sys; from PIL import Image; from transformers import AutoProcessor\n"
+        "processor = AutoProcessor.from_pretrained('saved', trust_remote_code=True, num_crops=4)\n"
+        "assert 'phi3v' not in sys.modules\n"
+        "out = processor('<|image_1|> x', [Image.new('RGB', (60, 40))])\n"
+        "print(type(processor).__module__.split('.')[0], tuple(out['pixel_values'].shape))"
+    )
+    env = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "transformers_modules (1, 5, 3, 336, 336)"
+
+
+def test_travelling_files_import_nothing_of_the_project():
+    """The four files import each other at most: they work alone in a checkpoint's folder."""
+    names = ("configuration", "modeling", "image_processing", "processing")
+    for name in names:
+        source = (REPO / "phi3v" / f"{name}_phi3_v.py").read_text()
+        relative = [line.split()[1] for line in source.splitlines() if line.startswith("from .")]
+        assert set(relative) <= {f".{other}_phi3_v" for other in names}, name
+        assert "import phi3v" not in source and "from phi3v" not in source
