@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 FEATURES = datasets.Features(
@@ -64,22 +63,16 @@ def load_conversations(path: str | Path, image_dir: str | Path) -> datasets.Data
     if not path.is_file():
         raise ConversationError(f"{path}: there is no such file.")
     stat = path.stat()
-    try:
-        dataset = datasets.Dataset.from_generator(
-            _read_jsonl,
-            features=FEATURES,
-            # Size and time are part of the cache key: an edited file is read anew.
-            gen_kwargs={
-                "path": str(path.resolve()),
-                "image_dir": str(image_dir.resolve()),
-                "version": (stat.st_size, stat.st_mtime_ns),
-            },
-        )
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
-    if len(dataset) == 0:
-        raise ConversationError(f"{path}: the file has no records.")
-    return dataset
+    source = {
+        "path": str(path.resolve()),
+        "image_dir": str(image_dir.resolve()),
+        # Size and time are part of the cache key: an edited file is read anew.
+        "version": (stat.st_size, stat.st_mtime_ns),
+    }
+    # Checked in every run, because the cached dataset does not know that an image is gone.
+    for _ in _read_jsonl(**source):
+        pass
+    return datasets.Dataset.from_generator(_read_jsonl, features=FEATURES, gen_kwargs=source)
 
 
 def _read_jsonl(path: str, image_dir: str, version: tuple[int, int]) -> Iterator[dict]:
@@ -110,6 +103,8 @@ def _read_jsonl(path: str, image_dir: str, version: tuple[int, int]) -> Iterator
                 field = f"{where}: conversations[{index}].images"
                 turn["images"] = [_image_path(image_dir, name, field) for name in turn["images"]]
             yield record
+    if not seen:
+        raise ConversationError(f"{path}: the file has no records.")
 
 
 def check_record(record: object, where: str) -> dict:

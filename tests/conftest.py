@@ -11,8 +11,10 @@ import pytest
 import torch
 from golden_util import WTE_ALIAS, official_weights
 from safetensors.torch import save_file
+from transformers import AutoProcessor
 
 import phi3v  # noqa: F401  registers the classes
+from demo.make_checkpoint import write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 REPO = Path(__file__).parent.parent
@@ -50,3 +52,16 @@ def tokenizer_folder() -> Path:
     if not (Path(folder) / "tokenizer.json").is_file():
         pytest.skip("set PHI3V_TOKENIZER to a folder with Phi-3.5-vision's tokenizer files")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory) -> Path:
+    """The demo's checkpoint: tiny, random weights, with a tokenizer and a processor."""
+    folder = tmp_path_factory.mktemp("demo") / "tiny_phi3v"
+    write_checkpoint(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_processor(demo_checkpoint):
+    return AutoProcessor.from_pretrained(demo_checkpoint)

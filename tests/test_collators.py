@@ -1,0 +1,168 @@
+"""Batches for training and generation."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN
+from golden_util import make_image, unrle
+from PIL import Image
+from transformers import AutoProcessor
+
+from phi3v.collators import GenerationCollator, TrainingCollator
+
+FORWARD = json.loads((GOLDEN / "forward.json").read_text())["cases"]
+
+
+def turn(user: str, assistant: str, *images) -> dict:
+    return {"images": list(images), "user": user, "assistant": assistant}
+
+
+def record(*turns: dict) -> dict:
+    return {"id": "x", "source": "test", "conversations": list(turns)}
+
+
+def image(size=(64, 48), color="red") -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+RECORDS = [
+    record(turn("What?", "DigitOne", image(), image())),
+    record(turn("Hello", "A longer answer. It has two sentences.")),
+    record(
+        turn("Look", "Seen", image()),
+        turn("And?", "No image"),
+        turn("This?", "Yes", image(), image()),
+    ),
+]
+
+
+def answers(processor, batch: dict) -> list[list[str]]:
+    """Decoded runs of labels of every row."""
+    decoded = []
+    for labels in batch["labels"]:
+        runs, last = [], False
+        for label in labels.tolist():
+            if label != -100:
+                runs = [*runs, []] if not last else runs
+                runs[-1].append(label)
+            last = label != -100
+        decoded.append([processor.tokenizer.decode(run) for run in runs])
+    return decoded
+
+
+def test_labels_are_every_assistant_turn_and_nothing_else(demo_processor):
+    """Each answer is trained with its end; prompts, images and padding are not."""
+    batch = TrainingCollator(demo_processor)(RECORDS)
+    spoken = [[t["assistant"] for t in row["conversations"]] for row in RECORDS]
+    for row, (found, wanted) in enumerate(zip(answers(demo_processor, batch), spoken, strict=True)):
+        assert len(found) == len(wanted), row
+        for text, answer in zip(found, wanted, strict=True):
+            assert text.startswith(f"{answer}<|end|>")
+        assert found[-1] == f"{wanted[-1]}<|end|> \n<|endoftext|>"
+    labelled = batch["labels"] != -100
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+
+
+def test_the_mask_comes_from_lengths(demo_processor):
+    """The trained <|endoftext|>, which is the padding token too, is attended to."""
+    batch = TrainingCollator(demo_processor)(RECORDS)
+    end = demo_processor.tokenizer.pad_token_id
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all() and ids[length - 1] == end and (ids[length:] == end).all()
+
+
+def test_training_continues_the_generation_prompt(demo_processor):
+    """A record is trained on exactly the prompt that evaluation generates from."""
+    training = TrainingCollator(demo_processor)(RECORDS)
+    generation = GenerationCollator(demo_processor)(RECORDS)
+    for row in range(len(RECORDS)):
+        prompt = generation["input_ids"][row][generation["attention_mask"][row].bool()]
+        trained = training["input_ids"][row][training["attention_mask"][row].bool()]
+        answer = trained[len(prompt) :]
+        assert torch.equal(trained[: len(prompt)], prompt)
+        last = RECORDS[row]["conversations"][-1]["assistant"]
+        assert demo_processor.tokenizer.decode(answer).startswith(last)
+    assert torch.equal(training["pixel_values"], generation["pixel_values"])
+
+
+def test_generation_is_padded_on_the_left(demo_processor):
+    """Every row ends in its generation prompt."""
+    batch = GenerationCollator(demo_processor)(RECORDS)
+    assistant = demo_processor.tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert (batch["input_ids"][:, -1] == assistant).all()
+    assert (batch["attention_mask"].diff(dim=1) >= 0).all()
+
+
+def test_batches_without_images(demo_processor):
+    """A text-only batch has no pixel_values at all."""
+    for collator in (TrainingCollator, GenerationCollator):
+        batch = collator(demo_processor)([RECORDS[1], RECORDS[1]])
+        assert "pixel_values" not in batch and "image_sizes" not in batch
+
+
+def test_rows_do_not_depend_on_their_batch(demo_processor):
+    """Images and ids of a row are the same alone and in a batch."""
+    collator = TrainingCollator(demo_processor)
+    batch, first = collator(RECORDS), 0
+    for row, one in enumerate(RECORDS):
+        alone = collator([one])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, :length], alone["input_ids"][0])
+        assert torch.equal(batch["labels"][row, :length], alone["labels"][0])
+        images = sum(len(t["images"]) for t in one["conversations"])
+        if images:
+            assert torch.equal(batch["pixel_values"][first : first + images], alone["pixel_values"])
+        first += images
+    assert first == len(batch["pixel_values"]) == 5
+
+
+@pytest.fixture(scope="module")
+def real_processor(tokenizer_folder):
+    return AutoProcessor.from_pretrained(tokenizer_folder, num_crops=4)
+
+
+def test_single_turn_is_the_official_sample(real_processor):
+    """With the real tokenizer, ids and labels of a single turn are the official ones."""
+    for name in ("single_small", "nlvr2_two_images", "ucf_8_frames", "text_only"):
+        case = FORWARD[name]
+        user = case["prompt"].removeprefix("<|user|>\n").removesuffix("<|end|>\n<|assistant|>\n")
+        user = user.split("|>\n", 1)[-1]
+        images = [make_image(spec) for spec in case["images"]]
+        real_processor.image_processor.num_crops = case["num_crops"]
+        batch = TrainingCollator(real_processor)([record(turn(user, case["answer"], *images))])
+        golden = [32044 if token < 0 else token for token in unrle(case["input_ids_rle"][0])]
+        assert batch["input_ids"].tolist() == [golden], name
+        assert batch["labels"].tolist() == [unrle(case["labels_rle"][0])], name
+
+
+def test_generation_batch_is_the_official_one(real_processor):
+    """So are the ids and the mask of a left-padded generation batch."""
+    case = FORWARD["batch2_left_padded_generate"]
+    records = [
+        record(*[turn(user, answer, *map(make_image, specs)) for user, specs, answer in turns])
+        for turns in case["conversations"]
+    ]
+    real_processor.image_processor.num_crops = case["num_crops"]
+    batch = GenerationCollator(real_processor)(records)
+    golden = [[32044 if t < 0 else t for t in unrle(row)] for row in case["input_ids_rle"]]
+    assert batch["input_ids"].tolist() == golden
+    assert batch["attention_mask"].tolist() == [unrle(row) for row in case["attention_mask_rle"]]
+
+
+def test_multi_turn_with_the_real_tokenizer(real_processor):
+    """A conversation is one prompt: one BOS but for those after images, one numbering, one end."""
+    conversation = record(turn("What is this?", "A cat.", image()), turn("What colour?", "Red"))
+    real_processor.image_processor.num_crops = 1
+    batch = TrainingCollator(real_processor)([conversation])
+    ids = [token for token in batch["input_ids"][0].tolist() if token != 32044]
+    # fmt: off
+    assert ids == [
+        1, 32010, 29871, 13, 1, 29871, 13, 5618, 338, 445, 29973, 32007, 29871, 13, 32001,
+        319, 6635, 29889, 32007, 29871, 13, 32010, 29871, 13, 5618, 12384, 29973, 32007, 29871, 13,
+        32001, 4367, 32007, 29871, 13, 32000,
+    ]
+    # fmt: on
+    labels = [label for label in batch["labels"][0].tolist() if label != -100]
+    assert labels == [319, 6635, 29889, 32007, 29871, 13, 4367, 32007, 29871, 13, 32000]

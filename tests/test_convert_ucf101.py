@@ -1,0 +1,602 @@
+"""convert_ucf101.py: a video dataset -> frames and jsonl."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import av
+import huggingface_hub
+import numpy as np
+import pytest
+from av.video.frame import PictureType
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[1] / "convert_ucf101.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+import convert_ucf101 as converter  # noqa: E402
+
+H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+
+
+def write_video(
+    path: Path, num_frames: int = 10, codec: str = "mpeg4", b_frames: int = 0, title: str = ""
+) -> Path:
+    """A video of flat grey frames; frame i has the level 20 + 4 * i. Keyframes every 12 frames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.bit_rate = 4_000_000
+        stream.codec_context.gop_size = 12
+        stream.codec_context.max_b_frames = b_frames
+        if codec == "libx264":
+            stream.options = {"b-adapt": "0", "sc_threshold": "0"}
+        if path.suffix == ".avi":
+            stream.codec_tag = "XVID"
+        for index in range(num_frames):
+            grey = np.full((48, 64, 3), 20 + 4 * index, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+        container.mux(stream.encode())
+    return path
+
+
+def write_packets(path: Path, source: Path, start: int) -> Path:
+    """A copy of a video without its first `start` packets."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(old.streams.video[0]) if packet.size]
+        for packet in packets[start:]:
+            packet.stream = stream
+            new.mux(packet)
+    return path
+
+
+def shown(path: Path, num_frames: int = 8) -> list[int]:
+    """Which frames of the video the JPEGs show, told from their grey level."""
+    images = [Image.open(path.with_name(f"{path.name}.{i}.jpg")) for i in range(num_frames)]
+    assert {image.format for image in images} == {"JPEG"}
+    assert {(image.mode, image.size) for image in images} == {("RGB", (64, 48))}
+    return [round((np.asarray(image).mean() - 20) / 4) for image in images]
+
+
+def picked(path: Path, num_frames: int = 8) -> list[int]:
+    """The same for the frames that pick_frames returns."""
+    frames, _ = converter.pick_frames(path, num_frames)
+    return [round((frame.to_ndarray(format="rgb24").mean() - 20) / 4) for frame in frames]
+
+
+def header_and_packets(path: Path) -> tuple[int, int]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream.frames, sum(packet.size > 0 for packet in container.demux(stream))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, with their bytes."""
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def records(out_dir: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / f"ucf101_{split}.jsonl").open()]
+
+
+def run(*args: object, script: Path = SCRIPT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(script), *map(str, args), "--no-tqdm"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def main(source: str, path: Path, out_dir: Path, *args: object) -> int:
+    flags = [f"--{source}", path, "--out_dir", out_dir, "--tmp_dir", out_dir.parent / "tmp"]
+    flags += ["--num_workers", 1, "--no-tqdm", *args]
+    return converter.main([str(flag) for flag in flags])
+
+
+# The converter, with videos that behave as their names say. Workers import it anew.
+WORKER_SCRIPT = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import convert_ucf101
+
+original = convert_ucf101.convert_video
+
+def convert_video(video, **kwargs):
+    if "dies" in video.path.stem:
+        os._exit(9)
+    if "late" in video.path.stem:
+        time.sleep(1)
+    if "sleeps" in video.path.stem:
+        video.path.with_suffix(f".pid{{os.getpid()}}").touch()
+        time.sleep(60)
+    return original(video, **kwargs)
+
+convert_ucf101.convert_video = convert_video
+if __name__ == "__main__":
+    sys.exit(convert_ucf101.main())
+"""
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """2 + 1 + 2 videos; class C is in test only, B not in val."""
+    root = tmp_path / "videos"
+    write_video(root / "train" / "B" / "b 1.avi")
+    write_video(root / "train" / "A" / "a1.avi")
+    write_video(root / "val" / "A" / "a2.MP4", codec=H264)
+    write_video(root / "test" / "C" / "c1.avi")
+    write_video(root / "test" / "A" / "ä.3.mkv")
+    return root
+
+
+# ---- The result ----
+
+
+def test_tree_and_jsonl(videos: Path, tmp_path: Path):
+    """Names, order, ids, prompt and the very bytes of the jsonl are what the recipe reads."""
+    (videos / "train" / "A" / "notes.txt").write_text("not a video")
+    (videos / "train" / "A" / "._a1.avi").write_text("written by macOS, not a video")
+    (videos / "train" / "Empty").mkdir()
+    out = tmp_path / "out"
+    assert main("video_dir", videos, out) == 0
+
+    stems = ["train/A/a1", "train/B/b 1", "val/A/a2", "test/A/ä.3", "test/C/c1"]
+    images = [f"images/{stem}.{i}.jpg" for stem in stems for i in range(8)]
+    jsonl = [f"ucf101_{split}.jsonl" for split in ("train", "val", "test")]
+    assert sorted(tree(out)) == sorted(images + jsonl)
+
+    ids = ["train-0000000000", "train-0000000001", "val-0000000002"]
+    ids += ["test-0000000003", "test-0000000004"]
+    found = [record for split in ("train", "val", "test") for record in records(out, split)]
+    assert [record["id"] for record in found] == ids
+    assert found == [
+        {
+            "id": id,
+            "source": "ucf101",
+            "conversations": [
+                {
+                    "images": [f"{stem}.{i}.jpg" for i in range(8)],
+                    "user": "Classify the video into one of the following classes: A, B, C.",
+                    "assistant": stem.split("/")[1],
+                }
+            ],
+        }
+        for id, stem in zip(ids, stems, strict=True)
+    ]
+    assert (out / "ucf101_val.jsonl").read_bytes() == (
+        b'{"id": "val-0000000002", "source": "ucf101", "conversations": [{"images": ['
+        + b", ".join(b'"val/A/a2.%d.jpg"' % i for i in range(8))
+        + b'], "user": "Classify the video into one of the following classes: A, B, C.", '
+        b'"assistant": "A"}]}\n'
+    )
+
+
+def test_same_bytes_for_any_number_of_workers(videos: Path, tmp_path: Path):
+    """Runs can be compared and resumed: neither chance nor the order of the workers shows."""
+    write_video(videos / "train" / "A" / "a0_late.avi")
+    script = tmp_path / "script.py"
+    script.write_text(WORKER_SCRIPT)
+    outs = [tmp_path / "one", tmp_path / "again", tmp_path / "three"]
+    for out, workers in zip(outs, (1, 1, 3), strict=True):
+        flags = ("--video_dir", videos, "--out_dir", out, "--num_workers", workers)
+        done = run(*flags, script=script)
+        assert done.returncode == 0, done.stderr
+    assert len(tree(outs[0])) == 6 * 8 + 3
+    assert tree(outs[0]) == tree(outs[1]) == tree(outs[2])
+
+
+def test_summary_and_next_command(videos: Path, tmp_path: Path):
+    """The user sees the counts, where the jsonl are, and a command that can be pasted."""
+    out = tmp_path / "out dir"
+    done = run("--video_dir", videos, "--out_dir", out, "--num_frames", 3)
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"train: 2 videos, 6 frames, 0 failed -> {out / 'ucf101_train.jsonl'}" in done.stdout
+    assert f"finetune_hf_trainer_ucf101.py --data_dir '{out}'\n" in done.stdout
+
+
+def test_help():
+    """The docstring and every flag can be read without a source at hand."""
+    done = run("--help")
+    assert done.returncode == 0
+    for word in (
+        "out_dir",
+        "tmp_dir",
+        "archive",
+        "video_dir",
+        "num_frames",
+        "num_workers",
+        "no-tqdm",
+    ):
+        assert f"--{word}" in done.stdout
+    assert "/tmp/ucf101" in done.stdout and "Exit code" in done.stdout
+
+
+# ---- Which frames ----
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "b_frames"),
+    [("v.avi", "mpeg4", 0), ("v.avi", "mpeg4", 2), ("v.mp4", H264, 3), ("v.mkv", H264, 3)],
+)
+@pytest.mark.parametrize("num_frames", [8, 21, 50])
+def test_frames_are_evenly_spaced(tmp_path: Path, name, codec, b_frames, num_frames):
+    """Frame floor(i * n / 8) in the order of display, with and without B-frames."""
+    video = write_video(tmp_path / "videos" / "val" / "A" / name, num_frames, codec, b_frames)
+    assert main("video_dir", tmp_path / "videos", tmp_path / "out") == 0
+    assert shown(tmp_path / "out/images/val/A/v") == [i * num_frames // 8 for i in range(8)]
+    with av.open(str(video)) as container:
+        types = {frame.pict_type for frame in container.decode(video=0)}
+    assert (PictureType.B in types) == (b_frames > 0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_num_frames_and_short_videos(tmp_path: Path, count: int):
+    """--num_frames is obeyed, and a video with fewer frames repeats them."""
+    write_video(tmp_path / "videos/val/A/v.avi", 3)
+    assert main("video_dir", tmp_path / "videos", tmp_path / "out", "--num_frames", count) == 0
+    assert len(tree(tmp_path / "out/images")) == count
+    assert shown(tmp_path / "out/images/val/A/v", count) == [i * 3 // count for i in range(count)]
+
+
+def test_header_lies(tmp_path: Path):
+    """A cut-off file counts the frames that are there, not those that its header promises."""
+    video = write_video(tmp_path / "v.avi", 50)
+    with av.open(str(video)) as container:
+        cut = [packet.pos for packet in container.demux(video=0)][30]
+    video.write_bytes(video.read_bytes()[:cut])
+    assert header_and_packets(video) == (50, 30)
+    assert picked(video) == [i * 30 // 8 for i in range(8)]
+
+
+@pytest.mark.skipif(H264 == "mpeg4", reason="needs libx264")
+def test_packets_lie(tmp_path: Path):
+    """A stream that starts between keyframes has packets that give no frame: frames count."""
+    source = write_video(tmp_path / "whole.mkv", 40, H264)
+    video = write_packets(tmp_path / "v.mkv", source, start=1)
+    _, packets = header_and_packets(video)
+    assert packets == 39  # of which those of frames 1 to 11 need the keyframe that is gone
+    assert picked(video) == [12 + i * 28 // 8 for i in range(8)]
+
+
+@pytest.mark.parametrize("guess", [0, 18, 22, 40, 1000])
+def test_result_does_not_depend_on_the_guess(tmp_path: Path, monkeypatch, guess: int):
+    """The fast way and the second decoding give the same frames, and only a bad guess costs one."""
+    video = write_video(tmp_path / "v.mp4", 20, H264, b_frames=2)
+    decode, calls = converter.decode, []
+    monkeypatch.setattr(converter, "decode", lambda *args: calls.append(args) or decode(*args))
+    monkeypatch.setattr(converter, "count_packets", lambda path: guess)
+    assert picked(video) == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert len(calls) == (1 if 18 <= guess <= 22 else 2)
+
+
+@pytest.mark.parametrize("width", [64, 66, 318])
+def test_jpeg_is_that_of_to_image(width: int):
+    """The short cut around PyAV's to_image changes no byte, also where rows are padded."""
+    pixels = np.random.default_rng(0).integers(0, 255, (50, width, 3), dtype=np.uint8)
+    frame = av.VideoFrame.from_ndarray(pixels).reformat(format="yuv420p")
+    expected = io.BytesIO()
+    frame.to_image().save(expected, "JPEG", quality=95)
+    assert converter.to_jpeg(frame) == expected.getvalue()
+
+
+def test_odd_names_and_titles(tmp_path: Path, monkeypatch):
+    """A folder that looks like a URL and a title that is not UTF-8 do not keep a video out."""
+    video = tmp_path / "my:videos" / "val" / "A" / "v.mkv"
+    write_video(video, title="0123456789")
+    video.write_bytes(video.read_bytes().replace(b"0123456789", b"caf\xe9 cr\xe8me"))
+    monkeypatch.chdir(tmp_path)
+    assert main("video_dir", Path("my:videos"), tmp_path / "out") == 0
+    assert shown(tmp_path / "out/images/val/A/v") == [i * 10 // 8 for i in range(8)]
+
+
+# ---- Videos that fail ----
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_undecodable_videos(videos: Path, tmp_path: Path, workers: int):
+    """Bad videos are named with a reason and leave nothing; the rest keeps its ids and frames."""
+    out = tmp_path / "out"
+    flags = ("--video_dir", videos, "--out_dir", out, "--num_workers", workers)
+    assert run(*flags).returncode == 0
+    before = tree(out)
+
+    (videos / "train" / "A" / "a1.avi").write_bytes(b"no video at all")
+    (videos / "test" / "C" / "c1.avi").write_bytes(b"")
+    done = run(*flags)
+    assert done.returncode == 1
+    assert "failed: train/A/a1.avi: Invalid data" in done.stderr
+    assert "failed: test/C/c1.avi: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "train: 1 videos, 8 frames, 1 failed" in done.stdout
+
+    after = tree(out)
+    assert {path for path in before if path not in after} == {
+        f"images/{stem}.{i}.jpg" for stem in ("train/A/a1", "test/C/c1") for i in range(8)
+    }
+    assert all(after[path] == before[path] for path in after if path.endswith(".jpg"))
+    assert [record["id"] for record in records(out, "train")] == ["train-0000000001"]
+    assert [record["id"] for record in records(out, "test")] == ["test-0000000003"]
+    assert "classes: A, B, C." in records(out, "val")[0]["conversations"][0]["user"]
+
+
+def test_damaged_packet_is_skipped(tmp_path: Path, capsys):
+    """One bad packet costs a warning, not the video."""
+    video = write_video(tmp_path / "videos/val/A/v.mov", 24, "mpeg4")
+    with av.open(str(video)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        position, size = packets[-1].pos, packets[-1].size
+    data = bytearray(video.read_bytes())
+    data[position : position + size] = b"\xff" * size
+    video.write_bytes(data)
+    assert main("video_dir", tmp_path / "videos", tmp_path / "out") == 0
+    assert "warning: val/A/v.mov: 1 damaged packets skipped" in capsys.readouterr().err
+    assert shown(tmp_path / "out/images/val/A/v") == [i * 23 // 8 for i in range(8)]
+
+
+def test_write_error(videos: Path, tmp_path: Path, monkeypatch, capsys):
+    """A video whose frames cannot all be written leaves none, not even under a temporary name."""
+    replace = Path.replace
+
+    def full_disk(self: Path, target: Path) -> Path:
+        if target.name == "a1.3.jpg":
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    assert main("video_dir", videos, tmp_path / "out") == 1
+    assert "failed: train/A/a1.avi: No space left on device" in capsys.readouterr().err
+    files = tree(tmp_path / "out")
+    assert not [path for path in files if "a1." in path or path.endswith(".part")]
+    assert len(files) == 4 * 8 + 3
+
+
+def test_worker_dies(tmp_path: Path):
+    """A crash in a decoder costs that video only, not the run and not the videos beside it."""
+    good, root = write_video(tmp_path / "good.avi"), tmp_path / "videos/train/A"
+    root.mkdir(parents=True)
+    for i in range(12):
+        (root / f"v{i:02d}{'_dies' if i in (1, 7) else ''}.avi").write_bytes(good.read_bytes())
+    script = tmp_path / "script.py"
+    script.write_text(WORKER_SCRIPT)
+    flags = ("--video_dir", root.parents[1], "--out_dir", tmp_path / "out", "--num_workers", 2)
+    done = run(*flags, script=script)
+    assert done.returncode == 1, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("failed")] == [
+        f"failed: train/A/v{i:02d}_dies.avi: its worker process died" for i in (1, 7)
+    ]
+    expected = [f"train-{i:010d}" for i in range(12) if i not in (1, 7)]
+    assert [record["id"] for record in records(tmp_path / "out", "train")] == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_workers_end_with_a_killed_parent(tmp_path: Path):
+    """A killed run leaves no processes behind, and no jsonl."""
+    for name in ("sleeps1", "sleeps2"):
+        write_video(tmp_path / "videos" / "train" / "A" / f"{name}.avi")
+    script = tmp_path / "script.py"
+    script.write_text(WORKER_SCRIPT)
+    flags = (
+        "--video_dir",
+        tmp_path / "videos",
+        "--out_dir",
+        tmp_path / "out",
+        "--num_workers",
+        "2",
+    )
+    parent = subprocess.Popen([sys.executable, script, *flags], stderr=subprocess.DEVNULL)
+
+    def wait_until(condition) -> None:
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert condition()
+
+    def pids() -> list[int]:
+        return [int(path.suffix[4:]) for path in (tmp_path / "videos").rglob("*.pid*")]
+
+    def is_running(pid: int) -> bool:
+        status = Path(f"/proc/{pid}/stat")
+        if status.parents[1].is_dir():  # where nobody collects it, a process that ended stays
+            return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    try:
+        wait_until(lambda: len(pids()) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(is_running(pid) for pid in pids()))
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+# ---- Sources ----
+
+
+@pytest.mark.parametrize("root", ["UCF101_subset", ".", "a/b"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_archive(videos: Path, tmp_path: Path, root: str, mode: str):
+    """Plain or compressed, below any folder: the archive gives what the folder gives."""
+    archive = tmp_path / "UCF101_subset.tar.gz"  # also when it is neither: the hub's is plain
+    with tarfile.open(archive, mode) as tar:
+        tar.add(videos, root)
+    assert main("archive", archive, tmp_path / "out") == 0
+    assert main("video_dir", videos, tmp_path / "expected") == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    assert list((tmp_path / "tmp").iterdir()) == []  # nothing stays behind
+
+
+def test_download(videos: Path, tmp_path: Path, monkeypatch):
+    """Without a source the hub's archive is fetched."""
+    archive = tmp_path / "hub.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(videos, "UCF101_subset")
+    calls = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda **kwargs: calls.append(kwargs) or str(archive)
+    )
+    flags = ["--out_dir", tmp_path / "out", "--tmp_dir", tmp_path / "tmp", "--num_workers", "1"]
+    assert converter.main([*map(str, flags), "--no-tqdm"]) == 0
+    repo = {"repo_id": "sayakpaul/ucf101-subset", "repo_type": "dataset"}
+    assert calls == [repo | {"filename": "UCF101_subset.tar.gz"}]
+    assert len(records(tmp_path / "out", "train")) == 2
+
+
+def test_download_fails(tmp_path: Path, monkeypatch, capsys):
+    """Offline, the message names the two ways out."""
+
+    def offline(**kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    assert converter.main(["--out_dir", str(tmp_path / "out"), "--tmp_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no route to the hub" in error and "--archive" in error and "--video_dir" in error
+    assert not (tmp_path / "out").exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+BAD_MEMBERS = {
+    "parent": [member("../evil.avi")],
+    "deep parent": [member("UCF101_subset/train/../../../evil.avi")],
+    "absolute": [member("{outside}/evil.avi")],
+    "symlink": [member("UCF101_subset/link", tarfile.SYMTYPE, "../../../outside")],
+    "absolute symlink": [member("UCF101_subset/link", tarfile.SYMTYPE, "{outside}")],
+    "hard link": [member("UCF101_subset/link.avi", tarfile.LNKTYPE, "../../outside/secret.avi")],
+    "pipe": [member("UCF101_subset/train/A/pipe.avi", tarfile.FIFOTYPE)],
+    "device": [member("UCF101_subset/train/A/device.avi", tarfile.CHRTYPE)],
+}
+
+
+def write_bad_archive(path: Path, videos: Path, members: list[tarfile.TarInfo], outside: Path):
+    outside.mkdir()
+    (outside / "secret.avi").write_bytes(b"secret")
+    with tarfile.open(path, "w") as tar:
+        tar.add(videos, "UCF101_subset")
+        for info in members:
+            info = info.replace(
+                name=info.name.format(outside=outside),
+                linkname=info.linkname.format(outside=outside),
+            )
+            tar.addfile(info, io.BytesIO())
+
+
+@pytest.mark.parametrize("kind", BAD_MEMBERS)
+def test_bad_archive_is_refused(videos: Path, tmp_path: Path, monkeypatch, capsys, kind: str):
+    """No member of an archive gets out of its folder, and nothing is extracted beside it."""
+    archive, outside = tmp_path / "bad.tar", tmp_path / "outside"
+    write_bad_archive(archive, videos, BAD_MEMBERS[kind], outside)
+    before = tree(tmp_path)
+    extracted = []
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *_, **__: extracted.append(1))
+    assert main("archive", archive, tmp_path / "out") == 2
+    assert f"{archive} is refused" in capsys.readouterr().err
+    assert not extracted
+    assert tree(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_chain_of_links_is_refused(videos: Path, tmp_path: Path, capsys):
+    """Links that are harmless one by one, and together lead outside, are stopped as well."""
+    members = [
+        member("d", tarfile.SYMTYPE, "."),
+        member("d/e", tarfile.SYMTYPE, "d/.."),
+        member("e/../evil.avi"),
+    ]
+    archive, outside = tmp_path / "bad.tar", tmp_path / "outside"
+    write_bad_archive(archive, videos, members, outside)
+    before = tree(tmp_path)
+    assert main("archive", archive, tmp_path / "out") == 2
+    assert f"{archive} is refused" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("damage", ["half", "garbled", "missing"])
+def test_broken_archive(videos: Path, tmp_path: Path, capsys, mode: str, damage: str):
+    """A broken archive is an error with its name, not a traceback and not a smaller dataset."""
+    archive = tmp_path / "broken.tar"
+    with tarfile.open(archive, mode) as tar:
+        tar.add(videos, "UCF101_subset")
+    data = archive.read_bytes()
+    half = len(data) // 2
+    archive.write_bytes(data[:half])
+    if damage == "garbled":
+        archive.write_bytes(data[:half] + b"\xff" * half if mode != "w" else b"\xff" * half)
+    if damage == "missing":
+        archive.unlink()
+    assert main("archive", archive, tmp_path / "out") == 2
+    assert f"{archive} cannot be extracted" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and tree(tmp_path / "tmp") == {}
+
+
+def test_missing_split(videos: Path, tmp_path: Path, capsys):
+    """A split that is gone has no jsonl, not even that of an earlier run."""
+    out = tmp_path / "out"
+    assert main("video_dir", videos, out) == 0
+    (videos / "val").rename(tmp_path / "elsewhere")
+    assert main("video_dir", videos, out) == 0
+    assert not (out / "ucf101_val.jsonl").exists()
+    assert "val: 0 videos, 0 frames, 0 failed -> no jsonl" in capsys.readouterr().out
+    assert [record["id"] for record in records(out, "test")] == [
+        "test-0000000002",
+        "test-0000000003",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["missing", "empty", "train/a.avi", "A/a.avi", "dev/A/a.avi"])
+def test_folder_without_videos(tmp_path: Path, layout: str):
+    """A wrong folder is answered with what was expected and what is there."""
+    root, out = tmp_path / "videos", tmp_path / "out"
+    if layout != "missing":
+        root.mkdir()
+    if layout.endswith(".avi"):
+        write_video(root / layout)
+    done = run("--video_dir", root, "--out_dir", out)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Expected: {train,val,test}/<class>/<video>" in done.stderr
+    found = {"missing": "no such folder", "empty": "nothing"}.get(layout, layout[:5])
+    assert found in done.stderr.split("Found:")[1]
+    assert not out.exists()
+
+
+def test_two_videos_of_one_name(videos: Path, tmp_path: Path, capsys):
+    """a1.avi and a1.mp4 would overwrite each other's frames: an error before anything is done."""
+    write_video(videos / "train" / "A" / "a1.mp4")
+    assert main("video_dir", videos, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "train/A/a1.avi" in error and "train/A/a1.mp4" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--archive", "a.tar", "--video_dir", "b"), ("--num_workers", "0"), ("--num_frames", "-1")],
+)
+def test_wrong_arguments(flags: tuple[str, ...]):
+    """Flags that contradict each other or make no sense stop at once, with exit code 2."""
+    with pytest.raises(SystemExit) as error:
+        converter.main(list(flags))
+    assert error.value.code == 2
+
+
+def test_out_dir_is_a_file(videos: Path, tmp_path: Path, capsys):
+    """An output folder that cannot be made is an error message, not a traceback."""
+    (tmp_path / "out").write_text("a file")
+    assert main("video_dir", videos, tmp_path / "out") == 2
+    assert "File exists" in capsys.readouterr().err
