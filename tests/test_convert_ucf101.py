@@ -17,11 +17,9 @@ import pytest
 from av.video.frame import PictureType
 from PIL import Image
 
-SCRIPT = Path(__file__).resolve().parents[1] / "convert_ucf101.py"
-sys.path.insert(0, str(SCRIPT.parent))
+import convert_ucf101 as converter
 
-import convert_ucf101 as converter  # noqa: E402
-
+SCRIPT = Path(converter.__file__).resolve()
 H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
 
 

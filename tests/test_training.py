@@ -1,0 +1,383 @@
+"""Trainer, adapters and evaluation, in this process."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN
+from golden_util import make_image
+from peft import PeftModel, get_peft_model
+from test_collators import RECORDS, image, record, turn
+from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
+
+from phi3v import Phi3VConfig
+from phi3v.arguments import make_parser, parse_arguments
+from phi3v.collators import TrainingCollator
+from phi3v.evaluation import evaluate, generate
+from phi3v.metrics import accuracy
+from phi3v.training import (
+    ThroughputCallback,
+    load_model,
+    load_processor,
+    lora_config,
+    make_training_arguments,
+    save_model,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
+    return parse_arguments(
+        make_parser("test"),
+        [
+            f"--model_name_or_path={checkpoint}",
+            f"--output_dir={output_dir}",
+            *("--batch_size", "2", "--num_crops", "1", "--no-tqdm", "--deepspeed", "none"),
+            *flags,
+        ],
+    )
+
+
+def make_trainer(args: argparse.Namespace, records: list[dict] = RECORDS) -> Trainer:
+    training_args = make_training_arguments(args)
+    training_args.logging_steps = 1
+    training_args.warmup_steps = 0
+    return Trainer(
+        model=load_model(args, training_args),
+        args=training_args,
+        data_collator=TrainingCollator(load_processor(args)),
+        train_dataset=records,
+        callbacks=[ThroughputCallback()],
+    )
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+# ---------------------------------------------------------------- parity
+
+
+def test_official_trainer_trajectory(tiny_checkpoint, tokenizer_folder, tmp_path):
+    """Losses, gradient norms and weights over two epochs are those of the official code."""
+    golden = json.loads((GOLDEN / "trainer.json").read_text())
+    run, hyper = golden["runs"]["bs1_accum4"], golden["hyper"]
+    processor = AutoProcessor.from_pretrained(tokenizer_folder, num_crops=golden["num_crops"])
+    records = [
+        record(turn(e["user"], e["assistant"], make_image(e["spec"]))) for e in golden["examples"]
+    ]
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    before = snapshot(model)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=tmp_path,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            num_train_epochs=hyper["epochs"],
+            learning_rate=hyper["lr"],
+            adam_beta1=hyper["betas"][0],
+            adam_beta2=hyper["betas"][1],
+            adam_epsilon=hyper["eps"],
+            weight_decay=hyper["wd"],
+            warmup_steps=hyper["warmup_steps"],
+            lr_scheduler_type=hyper["scheduler"],
+            seed=hyper["seed"],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        data_collator=TrainingCollator(processor),
+        train_dataset=records,
+    )
+    # The official forward takes no num_items_in_batch: its Trainer averages micro-batches.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(logged) == len(run["log"]) == 4
+    for ours, official in zip(logged, run["log"], strict=True):
+        assert ours["loss"] == pytest.approx(official["loss"], abs=2e-4)
+        assert ours["grad_norm"] == pytest.approx(official["grad_norm"], rel=1e-3)
+    after = snapshot(model)
+    for name, distance in run["delta_l2"].items():
+        # RMSNorm weights were decayed by the old Trainer; k_proj's bias moves by noise alone.
+        if "layernorm" not in name and not name.endswith(("k_proj.bias", "model.norm.weight")):
+            moved = (after[name] - before[name]).norm().item()
+            assert moved == pytest.approx(distance, rel=5e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("frozen", "key"), [(False, "full"), (True, "full_freeze")])
+def test_lora_modules_of_the_real_model(frozen, key):
+    """Adapters sit on the official modules, under their names, with as many parameters."""
+    golden = json.loads((GOLDEN / "keys_lora_full.json").read_text())[key]
+    args = make_parser("").parse_args(["--use_lora"] + ["--freeze_vision_model"] * frozen)
+    with torch.device("meta"):
+        config = Phi3VConfig.from_pretrained(GOLDEN / "config_full.json")
+        model = AutoModelForCausalLM.from_config(config)
+        model = get_peft_model(model, lora_config(args, model), low_cpu_mem_usage=True)
+    suffix = ".lora_A.default"
+    modules = {
+        name.removeprefix("base_model.model.").removesuffix(suffix)
+        for name, _ in model.named_modules()
+        if name.endswith(suffix)
+    }
+    assert modules == set(golden["lora_modules"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == golden["trainable_params"]
+    peft_config = model.peft_config["default"]
+    assert peft_config.r == golden["rank"] and peft_config.lora_alpha == golden["alpha"]
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def is_vision(name: str) -> bool:
+    return "vision_embed_tokens" in name
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--freeze_vision_model",), ("--bf16",)],
+    ids=["full", "frozen", "bf16"],
+)
+def test_full_finetuning_changes_what_it_should(demo_checkpoint, tmp_path, flags):
+    """Every trained tensor moves, the frozen vision model and CLIP's unused tail do not."""
+    trainer = make_trainer(arguments(demo_checkpoint, tmp_path, *flags))
+    before = snapshot(trainer.model)
+    trainer.train()
+    frozen = "--freeze_vision_model" in flags
+    for name, tensor in trainer.model.named_parameters():
+        unused = ".encoder.layers.2." in name or "post_layernorm" in name
+        still = unused or (frozen and is_vision(name))
+        assert tensor.requires_grad != still, name
+        assert torch.equal(tensor, before[name]) == still, name
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--use_lora",), ("--use_lora", "--freeze_vision_model"), ("--use_qlora",)],
+    ids=["lora", "lora-frozen", "qlora"],
+)
+def test_lora_trains_adapters_alone(demo_checkpoint, tmp_path, flags):
+    """Only adapters move; the saved adapter alone brings the trained model back."""
+    args = arguments(demo_checkpoint, tmp_path, *flags, "--lora_rank", "4")
+    trainer = make_trainer(args)
+    before = snapshot(trainer.model)
+    trainer.train()
+    for name, tensor in trainer.model.named_parameters():
+        assert tensor.requires_grad == ("lora_" in name), name
+        assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
+        assert not ("--freeze_vision_model" in flags and "lora_" in name and is_vision(name))
+    processor = load_processor(args)
+    save_model(trainer, processor)
+    assert (tmp_path / "preprocessor_config.json").is_file()
+    assert not (tmp_path / "model.safetensors").exists()
+    if "--use_qlora" not in flags:
+        base = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
+        again = PeftModel.from_pretrained(base, tmp_path).eval()
+        batch = TrainingCollator(processor)(RECORDS)
+        trainer.model.eval()
+        with torch.no_grad():
+            assert torch.equal(again(**batch).logits, trainer.model(**batch).logits)
+
+
+def test_adapters_start_the_same_in_every_run(demo_checkpoint, tmp_path):
+    """The seed covers the adapters' initialisation."""
+    args = arguments(demo_checkpoint, tmp_path, "--use_lora")
+    training_args = make_training_arguments(args)
+    first, second = (snapshot(load_model(args, training_args)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_qlora_quantises_the_decoder_alone(demo_checkpoint, tmp_path):
+    """Four bits for the decoder's layers; vision, projection and head keep their precision."""
+    args = arguments(demo_checkpoint, tmp_path, "--use_qlora")
+    model = load_model(args, make_training_arguments(args))
+    packed = {name for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    assert len(packed) == 2 * 4
+    assert all(".layers." in name and not is_vision(name) for name in packed)
+
+
+def test_evaluation_does_not_disturb_qlora_gradients(demo_checkpoint, tmp_path):
+    """On CPUs, 4-bit weights that generated once must still have right gradients."""
+    args = arguments(demo_checkpoint, tmp_path, "--use_qlora")
+    training_args = make_training_arguments(args)
+    batch = TrainingCollator(load_processor(args))(RECORDS)
+
+    def gradients(generate_first: bool) -> dict[str, torch.Tensor]:
+        model = load_model(args, training_args)
+        if generate_first:
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=batch["input_ids"][1:2], use_cache=False)
+        model.train()
+        model(**batch, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, after_generation = gradients(False), gradients(True)
+    assert plain.keys() == after_generation.keys()
+    assert sum(grad.norm() > 0 for grad in plain.values()) > 10
+    for name, grad in plain.items():
+        torch.testing.assert_close(after_generation[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_saved_model_is_the_trained_one(demo_checkpoint, tmp_path):
+    """The output folder holds the trained weights bit for bit, and generates with a cache."""
+    args = arguments(demo_checkpoint, tmp_path)
+    trainer = make_trainer(args)
+    trainer.train()
+    save_model(trainer, load_processor(args))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in again.state_dict().items())
+    assert again.config.use_cache
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.num_crops == 1
+
+
+def test_throughput_counts_real_tokens(demo_checkpoint, tmp_path, capsys):
+    """Samples and tokens are those of the batches, padding excluded."""
+    args = arguments(demo_checkpoint, tmp_path, "--batch_size_per_gpu", "2")
+    trainer = make_trainer(args)
+    trainer.train()
+    batch = TrainingCollator(load_processor(args))(RECORDS)
+    callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "tokens"))
+    assert callback.samples == len(RECORDS)
+    assert int(callback.tokens) == int(batch["attention_mask"].sum())
+    assert "tokens/s, peak memory" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_file(demo_checkpoint, tmp_path):
+    """One entry a sample, in the dataset's order, with its id; the metric; nothing half written."""
+    args = arguments(demo_checkpoint, tmp_path)
+    trainer, processor = make_trainer(args), load_processor(args)
+    records = [{**one, "id": f"s{i}"} for i, one in enumerate(RECORDS * 2)]
+    numbers = evaluate(
+        trainer,
+        processor,
+        records,
+        lambda texts, answers: {"accuracy": accuracy(texts, answers)},
+        "eval_before.json",
+        batch_size=4,
+        max_new_tokens=3,
+    )
+    result = json.loads((tmp_path / "eval_before.json").read_text())
+    assert result["accuracy"] == numbers["accuracy"]
+    assert result["ids"] == [f"s{i}" for i in range(6)]
+    answers = ["digitone", "a longer answer. it has two sentences", "yes"]
+    assert result["answers_unique"] == answers * 2
+    assert len(result["generated_texts_unique"]) == 6
+    assert result["generated_texts_unique"][:3] == result["generated_texts_unique"][3:]
+    assert [path.name for path in tmp_path.iterdir()] == ["eval_before.json"]
+
+
+def test_batched_generation_is_generation_one_by_one(demo_checkpoint, tmp_path):
+    """The batch size of the evaluation does not change an answer."""
+    args = arguments(demo_checkpoint, tmp_path)
+    trainer, processor = make_trainer(args), load_processor(args)
+    records = [*RECORDS, record(turn("Another?", "b", image(color="blue")))]
+    one, four = (generate(trainer, processor, records, size, 8, "") for size in (1, 4))
+    assert one == four and len(one) == 4
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_defaults_of_the_recipe():
+    """Every flag has the recipe's default."""
+    args = make_parser("").parse_args([])
+    expected = {
+        "model_name_or_path": "microsoft/Phi-3.5-vision-instruct",
+        "use_flash_attention": False,
+        "bf16": False,
+        "use_lora": False,
+        "use_qlora": False,
+        "output_dir": "./output/",
+        "batch_size": 16,
+        "batch_size_per_gpu": 1,
+        "num_crops": 16,
+        "num_train_epochs": 1,
+        "learning_rate": 4e-5,
+        "wd": 0.01,
+        "tqdm": True,
+        "lora_rank": 64,
+        "lora_alpha_ratio": 2,
+        "lora_dropout": 0.0,
+        "freeze_vision_model": False,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_fixed_training_arguments(demo_checkpoint, tmp_path):
+    """Optimizer, schedule, clipping and checkpointing are those fixed by the recipe."""
+    args = arguments(demo_checkpoint, tmp_path, "--batch_size", "12", "--batch_size_per_gpu", "3")
+    training_args = make_training_arguments(args)
+    expected = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-7,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 50,
+        "logging_steps": 10,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "weight_decay": 0.01,
+        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 3,
+        "fp16": torch.cuda.is_available(),
+    }
+    assert {name: getattr(training_args, name) for name in expected} == expected
+    assert training_args.lr_scheduler_type == "linear"
+
+
+def test_implied_flags(monkeypatch):
+    """QLoRA implies LoRA; flash attention implies bf16."""
+    assert parse_arguments(make_parser(""), ["--use_qlora"]).use_lora
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("phi3v.arguments.is_flash_attn_2_available", lambda: True)
+    assert parse_arguments(make_parser(""), ["--use_flash_attention"]).bf16
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_crops", "17"], "--num_crops must be 1 to 16, not 17"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--batch_size", "6", "--batch_size_per_gpu", "4"], "divisible by 1 processes x"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0"),
+    ],
+)
+def test_refused_arguments(flags, message, capsys):
+    """What cannot work is refused at once, with the flag to change."""
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(make_parser(""), flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flags", "message"),
+    [
+        (None, ["--use_flash_attention"], "needs a GPU"),
+        ((9, 0), ["--use_flash_attention"], "needs the package flash-attn"),
+        ((7, 0), ["--bf16"], "needs an Ampere GPU or newer, not V100"),
+    ],
+)
+def test_refused_hardware(gpu, flags, message, capsys, monkeypatch):
+    """So is what the hardware or an absent package cannot do."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
+    monkeypatch.setattr("phi3v.arguments.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse_arguments(make_parser(""), flags)
+    assert message in capsys.readouterr().err
