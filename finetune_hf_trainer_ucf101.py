@@ -1,29 +1,30 @@
 """
 Finetune Phi-3.5-vision on UCF-101: eight frames of a video in, the name of its class out.
 
-Convert the dataset first (see convert_ucf101.py), or bring your own frames and jsonl in the same
-format:
+Convert the dataset first, or bring your own frames and jsonl in the same format:
 
     python convert_ucf101.py --out_dir /path/to/converted_ucf101
 
 Full finetuning on one machine with 4 GPUs:
 
-    torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir /path/to/converted_ucf101
+    torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py \\
+        --data_dir /path/to/converted_ucf101
 
 A100 / H100, with flash attention and bf16:
 
-    torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir /path/to/converted_ucf101
-        \\ --use_flash_attention --bf16 --output_dir ./ucf101_full
+    torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py \\
+        --data_dir /path/to/converted_ucf101 --use_flash_attention --bf16 --output_dir ./ucf101_full
 
-No data-centre GPU, LoRA or 4-bit QLoRA:
+No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
 
-    torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir /path/to/converted_ucf101
-    --use_lora torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir
-    /path/to/converted_ucf101 --use_qlora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
+        --data_dir /path/to/converted_ucf101 --use_lora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
+        --data_dir /path/to/converted_ucf101 --use_lora --use_qlora
 
---output_dir then holds the model (of LoRA: the adapter), the processor, trainer_state.json with the
-losses, and eval_before.json and eval_after.json with the accuracy, every answer and every generated
-text.
+The output folder then holds the model (of LoRA: the adapter), the processor, trainer_state.json
+with the losses, and eval_before.json and eval_after.json with the accuracy, every answer and every
+generated text.
 """
 
 from pathlib import Path

@@ -8,7 +8,10 @@ from transformers.utils import is_flash_attn_2_available
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the script's docstring as it is written."""
+    """Shows the script's docstring as it is written, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParser:
@@ -76,13 +79,11 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         metavar="FILE",
         help="DeepSpeed config, or `none` for plain DDP (default: ZeRO-2, "
         "ds_configs/zero2.json, for full finetuning; none for LoRA)",
-        default=argparse.SUPPRESS,
     )
     group.add_argument(
         "--dataloader_num_workers",
         type=int,
         help="processes per GPU that prepare batches (default: 4, and 0 on a machine without GPU)",
-        default=argparse.SUPPRESS,
     )
     group.add_argument(
         "--no-tqdm", dest="tqdm", action="store_false", default=True, help="no progress bars"
@@ -93,7 +94,6 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         "--eval_batch_size_per_gpu", type=int, default=8, help="prompts generated at a time"
     )
     group.add_argument("--max_new_tokens", type=int, default=64, help="longest generated answer")
-    parser.set_defaults(deepspeed=None, dataloader_num_workers=None)
     return parser
 
 
