@@ -42,6 +42,7 @@ from phi3v.training import (
     load_processor,
     make_training_arguments,
     save_model,
+    stop,
 )
 
 
@@ -76,7 +77,7 @@ def main():
         train_dataset = load_split(args.data_dir, "train")
         eval_dataset = load_split(args.data_dir, args.eval_split)
     except ConversationError as error:
-        raise SystemExit(f"error: {error}") from None
+        stop(error)
 
     processor = load_processor(args)
     model = load_model(args, training_args)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 
 import torch
 from transformers.utils import is_flash_attn_2_available
@@ -112,8 +113,11 @@ def parse_arguments(
     rank = int(os.environ.get("RANK", 0))
 
     def refuse(message: str) -> None:
-        # Every rank finds the same mistake; one says it.
-        parser.error(message) if rank == 0 else parser.exit(2)
+        # Every rank finds the same mistake; one says it, before torchrun ends them all.
+        if rank == 0:
+            parser.error(message)
+        time.sleep(2)
+        parser.exit(2)
 
     if not 1 <= args.num_crops <= 16:
         refuse(f"--num_crops must be 1 to 16, not {args.num_crops}.")

@@ -151,7 +151,8 @@ def _check_turn(turn: object, where: str) -> dict:
             )
     if not turn["assistant"].strip():
         raise ConversationError(f"{where}.assistant is empty: there is nothing to learn.")
-    images = turn.get("images") or []
+    images = turn.get("images")
+    images = [] if images is None else images
     if not isinstance(images, list):
         raise ConversationError(f"{where}.images must be a list, not {_kind(images)}.")
     return {"images": images, "user": turn["user"], "assistant": turn["assistant"]}

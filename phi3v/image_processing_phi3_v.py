@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 
 
 class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):
@@ -54,21 +54,18 @@ class Phi3VImageProcessor(PilBackend):
 
     patch_size = 14
 
+    def __init__(self, **kwargs: Unpack[Phi3VImageProcessorKwargs]):
+        # In the official preprocessor_config.json; here it follows from the crop size.
+        kwargs.pop("num_img_tokens", None)
+        super().__init__(**kwargs)
+
     @property
     def num_img_tokens(self) -> int:
         """Tokens of one crop, without separators: 144 at 336 pixels."""
         return (self.crop_size["height"] // self.patch_size // 2) ** 2
 
     def to_dict(self) -> dict:
-        # Written for readers of the official format; read back, it follows from the crop size.
         return {**super().to_dict(), "num_img_tokens": self.num_img_tokens}
-
-    @classmethod
-    def from_dict(cls, image_processor_dict: dict, **kwargs):
-        image_processor_dict = {
-            k: v for k, v in image_processor_dict.items() if k != "num_img_tokens"
-        }
-        return super().from_dict(image_processor_dict, **kwargs)
 
     def calc_hd_size(
         self, width: int, height: int, num_crops: int | None = None

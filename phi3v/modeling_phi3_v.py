@@ -312,11 +312,17 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 raise ValueError(
                     "pixel_values need input_ids, whose placeholders say where the images stand."
                 )
+            if image_sizes is None:
+                raise ValueError(
+                    "pixel_values need image_sizes, as the image processor returns it."
+                )
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
-        elif inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if inputs_embeds is None:
+            if past_length == 0:
+                self.images_per_row(input_ids, [])
+            inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
         if pixel_values is None and self._all_ranks_must_see(past_length):
             size = self.vision_embed_tokens.crop_size
             blank = inputs_embeds.new_zeros(1, 2, 3, size, size)

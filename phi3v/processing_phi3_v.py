@@ -166,7 +166,7 @@ def share_images(images: ImageInput | list[list], tags: list[list[int]]) -> list
         images: as in [`Phi3VProcessor.__call__`].
         tags: the numbers of the tags in every text.
     """
-    if is_valid_image(images):
+    if is_valid_image(images) or isinstance(images, str):
         images = [images]
     images = list(images)
     if any(isinstance(image, list | tuple) for image in images):

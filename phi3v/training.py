@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import datasets
 import torch
@@ -50,7 +51,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         deepspeed = "none" if args.use_lora else str(DS_CONFIGS / "zero2.json")
     if deepspeed != "none":
         if not Path(deepspeed).is_file():
-            sys.exit(f"--deepspeed {deepspeed}: there is no such file. Give a config, or `none`.")
+            stop(ValueError(f"--deepspeed {deepspeed}: no such file. Give a config, or `none`."))
         _prepare_deepspeed(on_gpu)
     first = int(os.environ.get("RANK", 0)) == 0
     _filter_warnings(first)
@@ -281,6 +282,15 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stop(error: Exception) -> NoReturn:
+    """End the run on every rank, with one message and without a traceback."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        sys.exit(f"error: {error}")
+    # torchrun ends all ranks once one has failed. The first one should get to say why.
+    time.sleep(2)
+    sys.exit(1)
 
 
 def print_first(message: str) -> None:

@@ -466,8 +466,10 @@ def test_placeholders_that_do_not_fit(tiny_checkpoint):
         message = f"Sample {row} .* {wanted - 1} image placeholders.*give {wanted} features"
         with pytest.raises(ValueError, match=message):
             model(**short)
-    with pytest.raises(ValueError, match="Sample 0 .*give 0 features"):
-        assign_images([144], [])
+    with pytest.raises(ValueError, match=f"Sample 0 .* {placeholders[0]} .*give 0 features"):
+        model(input_ids=good["input_ids"])
+    with pytest.raises(ValueError, match="need image_sizes"):
+        model(input_ids=good["input_ids"], pixel_values=good["pixel_values"])
     with pytest.raises(ValueError, match="Sample 1 .*has 0 .*give 144 features"):
         assign_images([144, 0], [144, 144])
     assert assign_images([0, 300, 0, 144], [144, 156, 144]) == [0, 2, 0, 1]
