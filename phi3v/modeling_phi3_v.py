@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_phi3_v import Phi3VConfig
 
-# Rows of the separators behind the crops' features, see `Phi3ImageEmbedding.forward`.
+# Rows of the separators behind the crops' features, see `Phi3VImageEmbedding.forward`.
 GLB_GN, SUB_GN = -2, -1
 
 # </s>, which the official config and generation_config name as the end of generation and which the
@@ -53,7 +53,7 @@ class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
         return self
 
 
-class Phi3VisionTower(nn.Module):
+class Phi3VVisionTower(nn.Module):
     """
     CLIP up to its second-to-last layer, without the class token.
 
@@ -80,7 +80,7 @@ class Phi3VisionTower(nn.Module):
         return hidden_states[:, 1:]
 
 
-class Phi3ImageEmbedding(nn.Module):
+class Phi3VImageEmbedding(nn.Module):
     """Images to token embeddings: CLIP, 2 x 2 merge, separators, projection."""
 
     def __init__(self, config: Phi3VConfig):
@@ -97,7 +97,7 @@ class Phi3ImageEmbedding(nn.Module):
         merged_size = 4 * vision_config.hidden_size
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged_size))
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged_size))
-        self.img_processor = Phi3VisionTower(config)
+        self.img_processor = Phi3VVisionTower(config)
         self.img_projection = nn.Sequential(
             nn.Linear(merged_size, config.hidden_size),
             nn.GELU(),
@@ -178,14 +178,15 @@ def token_order(rows: int, columns: int, side: int) -> torch.Tensor:
     def end_lines(picture: torch.Tensor) -> torch.Tensor:
         return torch.cat([picture, picture.new_full((len(picture), 1), SUB_GN)], dim=1).flatten()
 
-    crops = torch.arange((rows * columns + 1) * side * side).view(-1, side, side)
+    # On the CPU, whatever the default device: the result is cached.
+    crops = torch.arange((rows * columns + 1) * side * side, device="cpu").view(-1, side, side)
     local = (
         crops[1:]
         .view(rows, columns, side, side)
         .transpose(1, 2)
         .reshape(rows * side, columns * side)
     )
-    return torch.cat([end_lines(local), torch.tensor([GLB_GN]), end_lines(crops[0])])
+    return torch.cat([end_lines(local), crops.new_tensor([GLB_GN]), end_lines(crops[0])])
 
 
 def assign_images(placeholders: list[int], image_tokens: list[int]) -> list[int]:
@@ -226,7 +227,7 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Phi3ImageEmbedding):
+        if isinstance(module, Phi3VImageEmbedding):
             nn.init.zeros_(module.glb_GN)
             nn.init.zeros_(module.sub_GN)
 
@@ -240,7 +241,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
         self.rotary_emb = Phi3VRotaryEmbedding(config)
-        self.vision_embed_tokens = Phi3ImageEmbedding(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
 
     def get_image_features(

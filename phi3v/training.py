@@ -207,7 +207,7 @@ def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
         target_modules=targets,
-        # CLIP's last layer is never run, see `Phi3VisionTower`.
+        # CLIP's last layer is never run, see `Phi3VVisionTower`.
         exclude_modules=rf".*\.vision_model\.encoder\.layers\.{last}\..*",
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
