@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_util import WTE_ALIAS, official_weights
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 import phi3v  # noqa: F401  registers the classes
 from demo.make_checkpoint import write_checkpoint
+from golden_util import WTE_ALIAS, official_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 REPO = Path(__file__).parent.parent

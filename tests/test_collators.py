@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
-from golden_util import make_image, unrle
 from PIL import Image
 from transformers import AutoProcessor
 
+from conftest import GOLDEN
+from golden_util import make_image, unrle
 from phi3v.collators import GenerationCollator, TrainingCollator
 
 FORWARD = json.loads((GOLDEN / "forward.json").read_text())["cases"]

@@ -1,16 +1,18 @@
-"""The demo's data and tokenizer."""
+"""The demo's videos, tokenizer and checkpoint."""
 
 import io
 import tarfile
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
 
-from demo import make_videos
-from demo.make_checkpoint import build_tokenizer
+from demo import make_checkpoint, make_videos
 from demo.make_videos import CLASSES, FRAME_SIZE, NUM_FRAMES, SPLITS, plan_clips, split_scans
 
 CLIPS_PER_CLASS = {"train": 2, "val": 1, "test": 1}
@@ -81,11 +83,21 @@ def test_clips_stay_the_same_when_there_are_more_of_them():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint.main(["--out", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    return AutoProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(processor) -> PreTrainedTokenizerFast:
     """Saved and loaded, as it is used."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer().save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return processor.tokenizer
 
 
 def pieces(tokenizer: PreTrainedTokenizerFast, text: str, **kwargs) -> list[str]:
@@ -160,3 +172,24 @@ def test_chat_template(tokenizer):
     assert pieces(tokenizer, text[: len("<|user|>\nHi<|end|>\n<|assistant|>\n")]) == [
         *("<s>", "<|user|>", *newline, "H", "i", "<|end|>", *newline, "<|assistant|>")
     ]
+
+
+def test_checkpoint_answers_and_knows_where_to_stop(checkpoint, processor):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = processor.tokenizer
+    assert model.num_parameters() < 1_000_000
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image|>")
+    assert model.generation_config.eos_token_id == processor.stop_token_ids
+    frames = [Image.new("RGB", (FRAME_SIZE, FRAME_SIZE))] * 2
+    inputs = processor("<|user|>\n<|image_1|><|image_2|>\nHi<|end|>\n<|assistant|>\n", frames)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.shape == (1, inputs["input_ids"].shape[1], len(tokenizer))
+    assert logits.isfinite().all()
+
+
+def test_checkpoint_is_the_same_every_time(checkpoint, tmp_path):
+    make_checkpoint.main(["--out", str(tmp_path)])
+    for file in checkpoint.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file
+
+from conftest import REPO
 
 SCRIPT = str(REPO / "finetune_hf_trainer_ucf101.py")
 COLORS = {"Red": "red", "Green": "lime", "Blue": "blue"}

@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from golden_util import make_image, unrle
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from conftest import GOLDEN
+from golden_util import make_image, unrle
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
 from phi3v.modeling_phi3_v import assign_images, token_order
 

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REPO
-from golden_util import make_image, unrle
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
+from conftest import GOLDEN, REPO
+from golden_util import make_image, unrle
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
 IMAGE = 32044

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
-from golden_util import make_image
 from peft import PeftModel, get_peft_model
-from test_collators import RECORDS, image, record, turn
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 
+from conftest import GOLDEN
+from golden_util import make_image
 from phi3v import Phi3VConfig
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.collators import TrainingCollator
@@ -24,6 +23,7 @@ from phi3v.training import (
     make_training_arguments,
     save_model,
 )
+from test_collators import RECORDS, image, record, turn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
