@@ -34,7 +34,7 @@ from transformers import Trainer
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError, load_conversations
-from phi3v.evaluation import evaluate
+from phi3v.evaluation import Result, evaluate
 from phi3v.metrics import accuracy
 from phi3v.training import (
     ThroughputCallback,
@@ -64,8 +64,8 @@ def load_split(data_dir: str, split: str):
     return load_conversations(Path(data_dir) / f"ucf101_{split}.jsonl", Path(data_dir) / "images")
 
 
-def metrics(generated: list[str], answers: list[str]) -> dict[str, float]:
-    return {"accuracy": accuracy(generated, answers)}
+def metrics(results: list[Result]) -> dict[str, float]:
+    return {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
 
 
 def main():
@@ -90,21 +90,10 @@ def main():
         callbacks=[ThroughputCallback()],
     )
 
-    def run_evaluation(file_name: str):
-        return evaluate(
-            trainer,
-            processor,
-            eval_dataset,
-            metrics,
-            file_name,
-            batch_size=args.eval_batch_size_per_gpu,
-            max_new_tokens=args.max_new_tokens,
-        )
-
-    run_evaluation("eval_before.json")
+    evaluate(trainer, processor, eval_dataset, metrics, "eval_before.json", args)
     trainer.train()
     save_model(trainer, processor)
-    run_evaluation("eval_after.json")
+    evaluate(trainer, processor, eval_dataset, metrics, "eval_after.json", args)
 
 
 if __name__ == "__main__":

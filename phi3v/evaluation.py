@@ -1,10 +1,12 @@
 """Evaluation by generation: batched, shared out over the ranks, every sample counted once."""
 
+import argparse
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,99 +20,138 @@ from .processing_phi3_v import Phi3VProcessor
 from .training import print_first
 
 
+class Result(NamedTuple):
+    """What came back for one record. Answers and text are normalised, see `metrics.py`."""
+
+    id: str
+    answers: list[str]  # the accepted ones
+    text: str
+    probability: float | None  # of the first of two choices, where there are any
+
+
 def evaluate(
     trainer: Trainer,
     processor: Phi3VProcessor,
-    records,
-    metrics: Callable[[list[str], list[str]], dict[str, float]],
+    records: Sequence[dict],
+    metrics: Callable[[list[Result]], dict[str, float]],
     file_name: str,
-    batch_size: int,
-    max_new_tokens: int,
+    args: argparse.Namespace,
+    choices: tuple[str, str] | None = None,
 ) -> dict[str, float]:
     """
     Generate an answer to the last question of every record, measure, and write `file_name` into the
     output folder.
 
     Args:
-        records: a dataset (or list) of conversations; the last assistant turn is the answer.
-        metrics: (generated texts, answers), both as they are written to the file, to named numbers.
-        batch_size: prompts generated at a time, per process.
+        records: a dataset or list of conversations. The last assistant turn is the answer, or what
+            is in `answers` where a record has several accepted ones.
+        metrics: all results to named numbers.
+        choices: two answers, for the probability that the model gives to the first of them.
 
     Returns:
         The metrics, on every rank.
     """
-    texts = generate(trainer, processor, records, batch_size, max_new_tokens, desc=file_name)
-    texts = [normalise(text) for text in texts]
-    answers = [normalise(record["conversations"][-1]["assistant"]) for record in records]
-    numbers = metrics(texts, answers)
+    generated = generate(trainer, processor, records, args, desc=file_name, choices=choices)
+    results = []
+    for record, (text, probability) in zip(records, generated, strict=True):
+        answers = record.get("answers") or [record["conversations"][-1]["assistant"]]
+        answers = [normalise(answer) for answer in answers]
+        results.append(Result(record["id"], answers, normalise(text), probability))
+    numbers = metrics(results)
     if trainer.is_world_process_zero():
-        result = {
+        several = any(len(result.answers) > 1 for result in results)
+        written = {
             **numbers,
-            "ids": [record["id"] for record in records],
-            "answers_unique": answers,
-            "generated_texts_unique": texts,
+            "ids": [result.id for result in results],
+            "answers_unique": [r.answers if several else r.answers[0] for r in results],
+            "generated_texts_unique": [result.text for result in results],
         }
-        path = Path(trainer.args.output_dir) / file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Under its own name only when it is whole.
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(unfinished, path)
+        if choices:
+            written["probabilities"] = [result.probability for result in results]
+        _write_json(Path(trainer.args.output_dir) / file_name, written)
     shown = ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-    print_first(f"{file_name}: {shown} on {len(answers)} samples")
+    print_first(f"{file_name}: {shown} on {len(results)} samples")
     return numbers
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write under a temporary name, then rename: what has its final name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(unfinished, path)
 
 
 @torch.no_grad()
 def generate(
     trainer: Trainer,
     processor: Phi3VProcessor,
-    records,
-    batch_size: int,
-    max_new_tokens: int,
-    desc: str,
-) -> list[str]:
+    records: Sequence[dict],
+    args: argparse.Namespace,
+    desc: str = "",
+    choices: tuple[str, str] | None = None,
+) -> list[tuple[str, float | None]]:
     """
     The greedy answer to the last question of every record, in the records' order, on every rank.
+
+    Returns:
+        Per record the text, and with `choices` the probability that it begins like the first choice
+        rather than like the second.
     """
-    args = trainer.args
-    rank, world_size = args.process_index, args.world_size
+    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    device = trainer.args.device
     # Alike lengths meet in a batch, so little of it is padding, and ranks get alike shares.
-    order = sorted(range(len(records)), key=lambda index: _size(records[index]), reverse=True)
+    sizes = [_size(record) for record in records]
+    order = sorted(range(len(records)), key=sizes.__getitem__, reverse=True)
     mine = order[rank::world_size]
     loader = DataLoader(
         Subset(records, mine),
-        batch_size=batch_size,
+        batch_size=args.eval_batch_size_per_gpu,
         collate_fn=GenerationCollator(processor),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.device.type == "cuda",
+        num_workers=trainer.args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     if getattr(model, "hf_device_map", None) is None:
-        model.to(args.device)
+        model.to(device)
     was_training = model.training
     model.eval()
-    texts = []
-    hidden = args.disable_tqdm or rank != 0
+    texts, probabilities = [], []
+    hidden = trainer.args.disable_tqdm or rank != 0
     with (
         _autocast(trainer),
         tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
     ):
         for batch in loader:
-            batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-            generated = model.generate(
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            output = model.generate(
                 **batch,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=args.max_new_tokens,
                 max_length=None,
                 do_sample=False,
                 eos_token_id=processor.stop_token_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=choices is not None,
             )
-            answers = generated[:, batch["input_ids"].shape[1] :]
+            answers = output.sequences[:, batch["input_ids"].shape[1] :]
             texts += processor.batch_decode(answers, skip_special_tokens=True)
+            if choices:
+                logits = output.logits[0][:, _first_tokens(processor, choices)].float()
+                probabilities += logits.softmax(-1)[:, 0].tolist()
             progress.update(min(len(answers) * world_size, len(records) - progress.n))
     model.train(was_training)
-    return _gather(dict(zip(mine, texts, strict=True)), len(records))
+    answered = zip(texts, probabilities or [None] * len(texts), strict=True)
+    return _gather(dict(zip(mine, answered, strict=True)), len(records))
+
+
+def _first_tokens(processor: Phi3VProcessor, choices: tuple[str, str]) -> list[int]:
+    """The ids that two answers begin with. They have to differ, or there is nothing to compare."""
+    ids = processor.tokenizer(list(choices), add_special_tokens=False).input_ids
+    first, second = ids[0][0], ids[1][0]
+    if first == second:
+        raise ValueError(f"The answers {choices[0]!r} and {choices[1]!r} begin with one token.")
+    return [first, second]
 
 
 def _size(record: dict) -> tuple[int, int]:
@@ -128,13 +169,13 @@ def _autocast(trainer: Trainer) -> contextlib.AbstractContextManager:
     return torch.autocast(args.device.type, dtype=low)
 
 
-def _gather(mine: dict[int, str], count: int) -> list[str]:
-    """Every rank's texts by sample number, to one list on every rank."""
+def _gather(mine: dict[int, tuple], count: int) -> list[tuple]:
+    """Every rank's answers by sample number, to one list on every rank."""
     shares = [mine]
     if dist.is_initialized():
         shares = [None] * dist.get_world_size()
         dist.all_gather_object(shares, mine)
-    texts = {index: text for share in shares for index, text in share.items()}
-    if sum(map(len, shares)) != count or texts.keys() != set(range(count)):
+    answers = {index: answer for share in shares for index, answer in share.items()}
+    if sum(map(len, shares)) != count or answers.keys() != set(range(count)):
         raise RuntimeError(f"{sum(map(len, shares))} answers came back for {count} samples.")
-    return [texts[index] for index in range(count)]
+    return [answers[index] for index in range(count)]

@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from golden_util import make_image
 from phi3v import Phi3VConfig
 from phi3v.arguments import make_parser, parse_arguments
-from phi3v.collators import TrainingCollator
+from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
 from phi3v.metrics import accuracy
 from phi3v.training import (
@@ -258,17 +258,16 @@ def test_throughput_counts_real_tokens(demo_checkpoint, tmp_path, capsys):
 
 def test_evaluation_file(demo_checkpoint, tmp_path):
     """One entry a sample, in the dataset's order, with its id; the metric; nothing half written."""
-    args = arguments(demo_checkpoint, tmp_path)
+    args = arguments(demo_checkpoint, tmp_path, "--max_new_tokens", "3")
     trainer, processor = make_trainer(args), load_processor(args)
     records = [{**one, "id": f"s{i}"} for i, one in enumerate(RECORDS * 2)]
     numbers = evaluate(
         trainer,
         processor,
         records,
-        lambda texts, answers: {"accuracy": accuracy(texts, answers)},
+        lambda rs: {"accuracy": accuracy([r.text for r in rs], [r.answers[0] for r in rs])},
         "eval_before.json",
-        batch_size=4,
-        max_new_tokens=3,
+        args,
     )
     result = json.loads((tmp_path / "eval_before.json").read_text())
     assert result["accuracy"] == numbers["accuracy"]
@@ -285,8 +284,36 @@ def test_batched_generation_is_generation_one_by_one(demo_checkpoint, tmp_path):
     args = arguments(demo_checkpoint, tmp_path)
     trainer, processor = make_trainer(args), load_processor(args)
     records = [*RECORDS, record(turn("Another?", "b", image(color="blue")))]
-    one, four = (generate(trainer, processor, records, size, 8, "") for size in (1, 4))
-    assert one == four and len(one) == 4
+    args.max_new_tokens = 8
+    answers = []
+    for args.eval_batch_size_per_gpu in (1, 4):
+        answers.append(
+            generate(trainer, processor, records, args, choices=("DigitOne", "DigitTwo"))
+        )
+    for (text, probability), (batched_text, batched) in zip(*answers, strict=True):
+        assert text == batched_text and 0 < probability < 1
+        assert probability == pytest.approx(batched, abs=1e-5)
+
+
+def test_probability_of_a_choice(demo_checkpoint, tmp_path):
+    """The probability is that of the first of two answers, given that it is one of them."""
+    args = arguments(demo_checkpoint, tmp_path)
+    trainer, processor = make_trainer(args), load_processor(args)
+    [(_, first)] = generate(trainer, processor, RECORDS[:1], args, choices=("DigitOne", "DigitTwo"))
+    [(_, second)] = generate(
+        trainer, processor, RECORDS[:1], args, choices=("DigitTwo", "DigitOne")
+    )
+    assert first + second == pytest.approx(1) and first != pytest.approx(0.5, abs=1e-6)
+    batch = GenerationCollator(processor)(RECORDS[:1])
+    with torch.no_grad():
+        logits = trainer.model(**batch).logits[0, -1]
+    ids = [
+        processor.tokenizer(t, add_special_tokens=False).input_ids[0]
+        for t in ("DigitOne", "DigitTwo")
+    ]
+    assert logits[ids].softmax(0)[0].item() == pytest.approx(first, abs=1e-5)
+    with pytest.raises(ValueError, match="begin with one token"):
+        generate(trainer, processor, RECORDS[:1], args, choices=("no", "no way"))
 
 
 # ---------------------------------------------------------------- the command line

@@ -1,0 +1,145 @@
+"""
+Finetune Phi-3.5-vision on Hateful Memes: a meme in, whether it is hateful out.
+
+Full finetuning on A100 / H100, on one or several machines, with flash attention and bf16:
+
+    torchrun --nproc_per_node=8 --nnodes=<num_nodes> --master_addr=$MASTER_ADDR \\
+        --master_port=$MASTER_PORT --node_rank=$NODE_RANK finetune_hf_trainer_hateful_memes.py \\
+        --output_dir <output_dir> --batch_size 64 --use_flash_attention --bf16
+
+8x V100-32GB: the same without --use_flash_attention --bf16 (fp16 mixed precision).
+
+No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> \\
+        --batch_size 64 --use_lora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> \\
+        --batch_size 64 --use_lora --use_qlora
+
+Evaluated by accuracy, and by AUROC, the challenge's own metric, from the probability that the model
+gives to "yes". The output folder then holds the model (of LoRA: the adapter), the processor,
+trainer_state.json with the losses, and eval_before.json and eval_after.json with the metrics, every
+answer, every generated text and its probability.
+"""
+
+from pathlib import Path
+
+from transformers import Trainer
+
+from phi3v.arguments import make_parser, parse_arguments
+from phi3v.collators import TrainingCollator
+from phi3v.conversations import ConversationError, check_record
+from phi3v.evaluation import Result, evaluate
+from phi3v.metrics import accuracy, auroc
+from phi3v.sources import (
+    CAULDRON,
+    CAULDRON_COLUMNS,
+    Records,
+    cauldron_records,
+    load_rows,
+    read_json_lines,
+    split_rows,
+)
+from phi3v.training import (
+    ThroughputCallback,
+    load_model,
+    load_processor,
+    make_training_arguments,
+    save_model,
+    stop,
+)
+
+YES, NO = "Yes", "No"
+# For the challenge's own files, which come without a question.
+QUESTION = 'Is a meme with this image and the text "{text}" hateful? Answer yes or no.'
+
+
+def get_arguments():
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name_or_path",
+        default=CAULDRON,
+        help="hub id or local folder with the_cauldron's columns, or a folder of the challenge's "
+        "own files: train.jsonl, dev_seen.jsonl, img/",
+    )
+    group.add_argument(
+        "--num_eval_rows", type=int, default=500, help="first rows, kept out of training"
+    )
+    group.add_argument(
+        "--eval_file", default="dev_seen.jsonl", help="of the challenge's files, to evaluate on"
+    )
+    return parse_arguments(parser)
+
+
+def load_datasets(args) -> tuple[Records, Records]:
+    """Records for training and for evaluation."""
+    folder = Path(args.dataset_name_or_path)
+    if (folder / "train.jsonl").is_file():
+        return challenge_records(folder, "train.jsonl"), challenge_records(folder, args.eval_file)
+    rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "hateful_memes")
+    train, evaluation = split_rows(rows, args.num_eval_rows)
+    return (
+        cauldron_records(rows, "hateful_memes", train),
+        cauldron_records(rows, "hateful_memes", evaluation),
+    )
+
+
+def challenge_records(folder: Path, name: str) -> Records:
+    """The challenge's json lines: id, img (a path in the folder), text, label (1 is hateful)."""
+    keys = read_json_lines(folder / name, {"id", "img", "text", "label"})
+
+    def make(key: tuple[str, dict]) -> dict:
+        where, meme = key
+        turn = {
+            "images": [str(folder / meme["img"])],
+            "user": QUESTION.format(text=meme["text"]),
+            "assistant": YES if meme["label"] else NO,
+        }
+        record = {"id": str(meme["id"]), "source": "hateful_memes", "conversations": [turn]}
+        return check_record(record, where)
+
+    for where, meme in keys:
+        if not (folder / meme["img"]).is_file():
+            raise ConversationError(f"{where}: img {meme['img']!r} is not a file in {folder}.")
+    return Records(keys, make)
+
+
+def metrics(results: list[Result]) -> dict[str, float]:
+    hateful = [result.answers[0] == YES.lower() for result in results]
+    numbers = {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
+    if len(set(hateful)) == 2:
+        numbers["auroc"] = auroc([result.probability for result in results], hateful)
+    return numbers
+
+
+def main():
+    args = get_arguments()
+    training_args = make_training_arguments(args)
+
+    # Data first: a mistake in it should not cost the loading of a model.
+    try:
+        train_dataset, eval_dataset = load_datasets(args)
+    except ConversationError as error:
+        stop(error)
+
+    processor = load_processor(args)
+    model = load_model(args, training_args)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=TrainingCollator(processor),
+        train_dataset=train_dataset,
+        callbacks=[ThroughputCallback()],
+    )
+
+    choices = (YES, NO)
+    evaluate(trainer, processor, eval_dataset, metrics, "eval_before.json", args, choices)
+    trainer.train()
+    save_model(trainer, processor)
+    evaluate(trainer, processor, eval_dataset, metrics, "eval_after.json", args, choices)
+
+
+if __name__ == "__main__":
+    main()

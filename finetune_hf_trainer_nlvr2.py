@@ -1,0 +1,149 @@
+"""
+Finetune Phi-3.5-vision on NLVR2: two images and a statement in, whether it is true out.
+
+    torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py
+
+A100 / H100, with flash attention and bf16:
+
+    torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py --use_flash_attention --bf16 \\
+        --batch_size 64 --output_dir <output_dir> --learning_rate <lr> --num_train_epochs <epochs>
+
+No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+
+    torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora --use_qlora
+
+The output folder then holds the model (of LoRA: the adapter), the processor, trainer_state.json
+with the losses, and eval_before.json and eval_after.json with the accuracy, every answer and every
+generated text.
+"""
+
+from pathlib import Path
+
+from pyarrow.compute import list_value_length
+from transformers import Trainer
+
+from phi3v.arguments import make_parser, parse_arguments
+from phi3v.collators import TrainingCollator
+from phi3v.conversations import ConversationError, check_record
+from phi3v.evaluation import Result, evaluate
+from phi3v.metrics import accuracy
+from phi3v.sources import (
+    CAULDRON,
+    CAULDRON_COLUMNS,
+    Records,
+    cauldron_records,
+    load_rows,
+    read_json_lines,
+    split_rows,
+)
+from phi3v.training import (
+    ThroughputCallback,
+    load_model,
+    load_processor,
+    make_training_arguments,
+    save_model,
+    stop,
+)
+
+# For the official files, which hold bare statements.
+QUESTION = "{sentence} Is this true or false?"
+
+
+def get_arguments():
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_name_or_path",
+        default=CAULDRON,
+        help="hub id or local folder with the_cauldron's columns, or a folder of the official "
+        "files: train.json, dev.json (json lines), and the images in any folders below it",
+    )
+    group.add_argument(
+        "--num_eval_rows", type=int, default=500, help="first rows, kept out of training"
+    )
+    group.add_argument(
+        "--eval_file", default="dev.json", help="of the official files, to evaluate on"
+    )
+    return parse_arguments(parser)
+
+
+def load_datasets(args) -> tuple[Records, Records]:
+    """Records for training and for evaluation."""
+    folder = Path(args.dataset_name_or_path)
+    if (folder / "train.json").is_file():
+        images = {path.name: str(path) for path in folder.rglob("*-img[01].png")}
+        names = ("train.json", args.eval_file)
+        return tuple(official_records(folder / name, images) for name in names)
+    rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "nlvr2")
+    # Only the lists' lengths are read, not the images.
+    for index, count in enumerate(list_value_length(rows.data.column("images")).to_pylist()):
+        if count != 2:
+            raise ConversationError(
+                f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two."
+            )
+    train, evaluation = split_rows(rows, args.num_eval_rows)
+    return cauldron_records(rows, "nlvr2", train), cauldron_records(rows, "nlvr2", evaluation)
+
+
+def official_records(path: Path, images: dict[str, str]) -> Records:
+    """
+    The official json lines: sentence, label ("True" or "False"), identifier.
+
+    An identifier is <split>-<set>-<pair>-<sentence>; its images are <split>-<set>-<pair>-img0.png
+    and -img1.png.
+    """
+    keys = read_json_lines(path, {"sentence", "label", "identifier"})
+
+    def image_names(identifier: str) -> list[str]:
+        return [f"{identifier.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1)]
+
+    def make(key: tuple[str, dict]) -> dict:
+        where, row = key
+        turn = {
+            "images": [images[name] for name in image_names(row["identifier"])],
+            "user": QUESTION.format(sentence=row["sentence"]),
+            "assistant": str(row["label"]),
+        }
+        record = {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
+        return check_record(record, where)
+
+    for where, row in keys:
+        if missing := [name for name in image_names(row["identifier"]) if name not in images]:
+            raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}.")
+    return Records(keys, make)
+
+
+def metrics(results: list[Result]) -> dict[str, float]:
+    return {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
+
+
+def main():
+    args = get_arguments()
+    training_args = make_training_arguments(args)
+
+    # Data first: a mistake in it should not cost the loading of a model.
+    try:
+        train_dataset, eval_dataset = load_datasets(args)
+    except ConversationError as error:
+        stop(error)
+
+    processor = load_processor(args)
+    model = load_model(args, training_args)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=TrainingCollator(processor),
+        train_dataset=train_dataset,
+        callbacks=[ThroughputCallback()],
+    )
+
+    evaluate(trainer, processor, eval_dataset, metrics, "eval_before.json", args)
+    trainer.train()
+    save_model(trainer, processor)
+    evaluate(trainer, processor, eval_dataset, metrics, "eval_after.json", args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The recipes on small local datasets in every layout that they read, started in this process."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from phi3v.collators import TrainingCollator
+from phi3v.conversations import load_images
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+COLORS = ["red", "lime", "blue"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(index: int, size=(40, 30)) -> Image.Image:
+    return Image.new("RGB", size, COLORS[index % 3])
+
+
+def recipe(name: str):
+    return importlib.import_module(f"finetune_hf_trainer_{name}")
+
+
+def run(name: str, checkpoint: Path, tmp_path: Path, monkeypatch, *flags: object) -> list[dict]:
+    """Run a recipe's main() and return its two evaluations."""
+    output_dir = tmp_path / "output"
+    argv = [
+        f"finetune_hf_trainer_{name}.py",
+        f"--model_name_or_path={checkpoint}",
+        f"--output_dir={output_dir}",
+        *("--batch_size", "2", "--num_crops", "2", "--no-tqdm", "--deepspeed", "none"),
+        *("--max_new_tokens", "3"),
+        *map(str, flags),
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    recipe(name).main()
+    assert (output_dir / "model.safetensors").is_file()
+    return [
+        json.loads((output_dir / f"eval_{when}.json").read_text()) for when in ("before", "after")
+    ]
+
+
+def write_parquet(folder: Path, split: str, rows: list[dict]) -> Path:
+    folder.mkdir(exist_ok=True)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    features = datasets.Dataset.from_dict(columns).features
+    if "image" in features:
+        features["image"] = datasets.Image()
+    if "images" in features:
+        features["images"] = datasets.List(datasets.Image())
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def cauldron_row(index: int, images: int, *questions: tuple[str, str]) -> dict:
+    return {
+        "images": [picture(index + i) for i in range(images)],
+        "texts": [{"user": u, "assistant": a, "source": "x"} for u, a in questions],
+    }
+
+
+def examples_row(index: int) -> dict:
+    return {
+        "id": f"page_{index}",
+        "image": picture(index, (30, 60)),
+        "query": {"en": f"What is number {index}?", "de": "Welche Zahl?"},
+        "answers": [f"number {index}", str(index)],
+    }
+
+
+# ---------------------------------------------------------------- DocVQA
+
+
+def test_docvqa_mini_train(demo_checkpoint, tmp_path, monkeypatch):
+    """The examples layout, in parquet: ANLS over all accepted answers, written with the ids."""
+    folder = tmp_path / "examples"
+    write_parquet(folder, "train", [examples_row(i) for i in range(4)])
+    write_parquet(folder, "test", [examples_row(i) for i in range(4, 7)])
+    flags = ("--dataset_name_or_path", folder, "--eval_dataset_name_or_path", folder)
+    for result in run("docvqa", demo_checkpoint, tmp_path, monkeypatch, *flags):
+        assert result["ids"] == [f"docvqa-page_{i}" for i in range(4, 7)]
+        assert result["answers_unique"][0] == ["number 4", "4"]
+        assert 0 <= result["anls"] <= 1 and len(result["generated_texts_unique"]) == 3
+
+
+def test_docvqa_records(tmp_path):
+    """Prompts of both layouts; the target drawn by the seed; all questions of a row are used."""
+    docvqa = recipe("docvqa")
+    examples = write_parquet(tmp_path / "a", "train", [examples_row(i) for i in range(40)])
+    arguments = type("Args", (), {"seed": 1})
+    records = docvqa.load_dataset(arguments, str(examples), "train")
+    turns = [record["conversations"][0] for record in records]
+    assert turns[3]["user"] == "What is number 3?\nAnswer briefly."
+    assert [turn["assistant"] in (f"number {i}", str(i)) for i, turn in enumerate(turns)].count(
+        True
+    ) == 40
+    long = sum(turn["assistant"].startswith("number") for turn in turns)
+    assert 10 < long < 30, "the target is one of the answers, drawn at random"
+    assert [record["conversations"] for record in records] == [[turn] for turn in turns]
+    other = type("Args", (), {"seed": 2})
+    again = docvqa.load_dataset(other, str(examples), "train")
+    assert [r["conversations"][0]["assistant"] for r in again] != [t["assistant"] for t in turns]
+
+    rows = [cauldron_row(0, 1, ("a?", "1"), ("b?", "2")), cauldron_row(1, 1, ("c?", "3"))]
+    cauldron = write_parquet(tmp_path / "b", "train", rows)
+    records = docvqa.load_dataset(arguments, str(cauldron), "train")
+    assert [record["id"] for record in records] == ["docvqa-0-0", "docvqa-0-1", "docvqa-1-0"]
+    assert [record["conversations"][0]["user"] for record in records] == ["a?", "b?", "c?"]
+    images = load_images(records[2])
+    assert [image.getpixel((5, 5)) for image in images] == [(0, 255, 0)]
+
+
+# ---------------------------------------------------------------- Hateful Memes
+
+
+def test_hateful_memes_cauldron(demo_checkpoint, tmp_path, monkeypatch):
+    """The first rows evaluate, the others train; accuracy and AUROC, with the probabilities."""
+    hateful = recipe("hateful_memes")
+    # The demo's tokenizer knows whole words for its classes alone.
+    monkeypatch.setattr(hateful, "YES", "DigitOne")
+    monkeypatch.setattr(hateful, "NO", "DigitTwo")
+    answers = ["DigitOne.", "DigitTwo."]
+    rows = [cauldron_row(i, 1, ("Hateful?", answers[i % 2])) for i in range(8)]
+    dataset = datasets.load_dataset(
+        str(write_parquet(tmp_path / "memes", "train", rows)), split="train"
+    )
+    dataset.save_to_disk(tmp_path / "saved")
+    flags = ("--dataset_name_or_path", tmp_path / "saved", "--num_eval_rows", "4")
+    for result in run("hateful_memes", demo_checkpoint, tmp_path, monkeypatch, *flags):
+        assert result["ids"] == [f"hateful_memes-{i}-0" for i in range(4)]
+        assert 0 <= result["accuracy"] <= 1 and 0 <= result["auroc"] <= 1
+        assert len(result["probabilities"]) == 4 and all(0 < p < 1 for p in result["probabilities"])
+
+
+def test_hateful_memes_challenge_files(tmp_path):
+    """The challenge's own files: id, img, text and label."""
+    hateful = recipe("hateful_memes")
+    (tmp_path / "img").mkdir()
+    for name in ("train.jsonl", "dev_seen.jsonl"):
+        lines = []
+        for index in range(3):
+            image = f"img/{name[0]}{index}.png"
+            picture(index).save(tmp_path / image)
+            row = {"id": 100 + index, "img": image, "text": f"t {index}", "label": index % 2}
+            lines.append(json.dumps(row))
+        (tmp_path / name).write_text("\n".join(lines))
+    arguments = type(
+        "Args", (), {"dataset_name_or_path": str(tmp_path), "eval_file": "dev_seen.jsonl"}
+    )
+    train, evaluation = hateful.load_datasets(arguments)
+    assert [record["id"] for record in train] == ["100", "101", "102"]
+    turns = [record["conversations"][0] for record in evaluation]
+    assert [turn["assistant"] for turn in turns] == ["No", "Yes", "No"]
+    assert '"t 1" hateful?' in turns[1]["user"] and turns[1]["images"][0].endswith("img/d1.png")
+    (tmp_path / "img" / "d2.png").unlink()
+    with pytest.raises(ValueError, match="dev_seen.jsonl, line 3: img 'img/d2.png' is not a file"):
+        hateful.load_datasets(arguments)
+
+
+# ---------------------------------------------------------------- NLVR2
+
+
+def test_nlvr2_cauldron(demo_checkpoint, tmp_path, monkeypatch):
+    """Two images a sample; accuracy; a row with another number of images is refused."""
+    rows = [cauldron_row(i, 2, ("Same?", "True" if i % 2 else "False")) for i in range(6)]
+    folder = write_parquet(tmp_path / "nlvr2", "train", rows)
+    flags = ("--dataset_name_or_path", folder, "--num_eval_rows", "2")
+    for result in run("nlvr2", demo_checkpoint, tmp_path, monkeypatch, *flags):
+        assert result["ids"] == ["nlvr2-0-0", "nlvr2-1-0"] and 0 <= result["accuracy"] <= 1
+        assert result["answers_unique"] == ["false", "true"]
+    bad = write_parquet(tmp_path / "bad", "train", [*rows, cauldron_row(7, 1, ("Same?", "True"))])
+    arguments = type("Args", (), {"dataset_name_or_path": str(bad), "num_eval_rows": 2})
+    with pytest.raises(ValueError, match="row 6 has 1 images; NLVR2 has two"):
+        recipe("nlvr2").load_datasets(arguments)
+
+
+def test_nlvr2_official_files(demo_processor, tmp_path):
+    """The official json lines, with the images of each identifier wherever they are."""
+    for split in ("train", "dev"):
+        folder = tmp_path / "images" / split
+        folder.mkdir(parents=True)
+        for side in (0, 1):
+            picture(side).save(folder / f"{split}-85-0-img{side}.png")
+        row = {"sentence": "Two dogs.", "label": "True", "identifier": f"{split}-85-0-1"}
+        (tmp_path / f"{split}.json").write_text(json.dumps(row) + "\n")
+    arguments = type("Args", (), {"dataset_name_or_path": str(tmp_path), "eval_file": "dev.json"})
+    train, evaluation = recipe("nlvr2").load_datasets(arguments)
+    assert [record["id"] for record in evaluation] == ["dev-85-0-1"]
+    [turn] = train[0]["conversations"]
+    assert turn["user"] == "Two dogs. Is this true or false?" and turn["assistant"] == "True"
+    assert TrainingCollator(demo_processor)([train[0]])["pixel_values"].shape[0] == 2
+    (tmp_path / "images" / "dev" / "dev-85-0-img1.png").unlink()
+    with pytest.raises(ValueError, match="dev.json, line 1: no image dev-85-0-img1.png"):
+        recipe("nlvr2").load_datasets(arguments)
+
+
+# ---------------------------------------------------------------- wrong datasets
+
+
+@pytest.mark.parametrize("name", ["docvqa", "hateful_memes", "nlvr2"])
+def test_columns_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
+    """The run ends before a model is loaded; the message lists found and expected columns."""
+    folder = write_parquet(tmp_path / "other", "train", [{"picture": "a", "caption": "b"}])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            name,
+            "--model_name_or_path=/no/such/model",
+            f"--dataset_name_or_path={folder}",
+            f"--output_dir={tmp_path / 'out'}",
+            "--deepspeed=none",
+        ],
+    )
+    with pytest.raises(SystemExit) as stopped:
+        recipe(name).main()
+    message = str(stopped.value)
+    assert "Found: picture, caption" in message and "images, texts" in message
+
+
+def test_too_few_rows_to_split(tmp_path):
+    """Nothing left to train on is an error that names the flag."""
+    rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(3)]
+    folder = write_parquet(tmp_path / "small", "train", rows)
+    arguments = type("Args", (), {"dataset_name_or_path": str(folder), "num_eval_rows": 500})
+    with pytest.raises(ValueError, match="--num_eval_rows is 500 and the dataset has 3 rows"):
+        recipe("nlvr2").load_datasets(arguments)
+
+
+def test_a_dataset_that_is_not_there(tmp_path):
+    """Neither a folder nor reachable on the hub: one message with what to give."""
+    arguments = type("Args", (), {"dataset_name_or_path": str(tmp_path / "no"), "num_eval_rows": 2})
+    with pytest.raises(ValueError, match="cannot load split 'train' of .*--dataset_name_or_path"):
+        recipe("nlvr2").load_datasets(arguments)
