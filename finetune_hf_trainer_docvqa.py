@@ -43,6 +43,7 @@ from phi3v.training import (
     load_processor,
     make_training_arguments,
     save_model,
+    set_learning_rates,
     stop,
 )
 
@@ -121,10 +122,13 @@ def main():
         train_dataset=train_dataset,
         callbacks=[ThroughputCallback()],
     )
+    set_learning_rates(trainer, args)
 
     evaluate(trainer, processor, eval_dataset, metrics, "eval_before.json", args)
+    if args.eval_only:
+        return
     trainer.train()
-    save_model(trainer, processor)
+    save_model(trainer, processor, args)
     evaluate(trainer, processor, eval_dataset, metrics, "eval_after.json", args)
 
 

@@ -46,6 +46,7 @@ from phi3v.training import (
     load_processor,
     make_training_arguments,
     save_model,
+    set_learning_rates,
     stop,
 )
 
@@ -133,11 +134,14 @@ def main():
         train_dataset=train_dataset,
         callbacks=[ThroughputCallback()],
     )
+    set_learning_rates(trainer, args)
 
     choices = (YES, NO)
     evaluate(trainer, processor, eval_dataset, metrics, "eval_before.json", args, choices)
+    if args.eval_only:
+        return
     trainer.train()
-    save_model(trainer, processor)
+    save_model(trainer, processor, args)
     evaluate(trainer, processor, eval_dataset, metrics, "eval_after.json", args, choices)
 
 

@@ -53,6 +53,13 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         "--lora_dropout", type=float, default=0.0, help="dropout before the adapters"
     )
 
+    group.add_argument(
+        "--merge_lora",
+        action="store_true",
+        help="after LoRA, also write the model with the adapters merged into it, to merged/ in the "
+        "output folder",
+    )
+
     group = parser.add_argument_group("training")
     group.add_argument(
         "--output_dir",
@@ -73,6 +80,14 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     )
     group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")
+    group.add_argument(
+        "--vision_learning_rate", type=float, help="of CLIP's layers, where it is to be another"
+    )
+    group.add_argument(
+        "--projector_learning_rate",
+        type=float,
+        help="of the projection and the separators, where it is to be another",
+    )
     group.add_argument("--wd", type=float, default=0.01, help="weight decay")
     group.add_argument("--seed", type=int, default=42, help="seed of data order and adapters")
     group.add_argument(
@@ -93,6 +108,9 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval_batch_size_per_gpu", type=int, default=8, help="prompts generated at a time"
+    )
+    group.add_argument(
+        "--eval_only", action="store_true", help="evaluate the model into eval_before.json and stop"
     )
     group.add_argument("--max_new_tokens", type=int, default=64, help="longest generated answer")
     return parser
@@ -138,6 +156,13 @@ def parse_arguments(
         )
     if args.num_train_epochs <= 0:
         refuse(f"--num_train_epochs must be above 0, not {args.num_train_epochs}.")
+    if args.merge_lora and not args.use_lora:
+        refuse("--merge_lora needs --use_lora or --use_qlora: without adapters, nothing is merged.")
+    for flag in ("vision_learning_rate", "projector_learning_rate"):
+        if getattr(args, flag) is not None and args.freeze_vision_model:
+            refuse(
+                f"--{flag} has nothing to train under --freeze_vision_model. Give one of the two."
+            )
     if args.use_flash_attention and not torch.cuda.is_available():
         refuse("--use_flash_attention needs a GPU, and none is visible. Without it, sdpa is used.")
     if args.use_flash_attention and not is_flash_attn_2_available():

@@ -214,8 +214,41 @@ def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig
     )
 
 
-def save_model(trainer: Trainer, processor: Phi3VProcessor) -> None:
-    """Write the trained model (of LoRA: the adapter) and the processor to the output folder."""
+def set_learning_rates(trainer: Trainer, args: argparse.Namespace) -> None:
+    """
+    Give the vision tower and the projector the learning rates of their flags.
+
+    The optimizer is the one that the Trainer would make, with more parameter groups.
+    """
+    rates = {
+        ".img_processor.": args.vision_learning_rate,
+        ".vision_embed_tokens.": args.projector_learning_rate,
+    }
+    if not any(rates.values()):
+        return
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            own_rate = next((rate for part, rate in rates.items() if part in name), None)
+            decay = args.wd if name in decayed else 0.0
+            groups.setdefault((own_rate or args.learning_rate, decay), []).append(parameter)
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    trainer.optimizer = optimizer_class(
+        [
+            {"params": parameters, "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ],
+        **settings,
+    )
+
+
+def save_model(trainer: Trainer, processor: Phi3VProcessor, args: argparse.Namespace) -> None:
+    """
+    Write the trained model (of LoRA: the adapter) and the processor to the output folder.
+
+    With --merge_lora, the model with the adapter merged into it goes to merged/ in that folder.
+    """
     folder = trainer.args.output_dir
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
@@ -233,6 +266,21 @@ def save_model(trainer: Trainer, processor: Phi3VProcessor) -> None:
         print_first(
             f"Saved the {'adapter' if isinstance(model, PeftModel) else 'model'} to {folder}"
         )
+    if args.merge_lora:
+        if trainer.is_world_process_zero():
+            merge_adapter(args, Path(folder), processor)
+        trainer.accelerator.wait_for_everyone()
+
+
+def merge_adapter(args: argparse.Namespace, folder: Path, processor: Phi3VProcessor) -> None:
+    """Merge the adapter in `folder` into a fresh base model, never into a 4-bit one."""
+    low = torch.bfloat16 if args.bf16 else torch.float16
+    dtype = low if args.bf16 or torch.cuda.is_available() else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype)
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    merged.save_pretrained(folder / "merged")
+    processor.save_pretrained(folder / "merged")
+    print_first(f"Saved the merged model to {folder / 'merged'}")
 
 
 class ThroughputCallback(TrainerCallback):

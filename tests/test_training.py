@@ -22,6 +22,7 @@ from phi3v.training import (
     lora_config,
     make_training_arguments,
     save_model,
+    set_learning_rates,
 )
 from test_collators import RECORDS, image, record, turn
 
@@ -176,7 +177,7 @@ def test_lora_trains_adapters_alone(demo_checkpoint, tmp_path, flags):
         assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
         assert not ("--freeze_vision_model" in flags and "lora_" in name and is_vision(name))
     processor = load_processor(args)
-    save_model(trainer, processor)
+    save_model(trainer, processor, args)
     assert (tmp_path / "preprocessor_config.json").is_file()
     assert not (tmp_path / "model.safetensors").exists()
     if "--use_qlora" not in flags:
@@ -186,6 +187,48 @@ def test_lora_trains_adapters_alone(demo_checkpoint, tmp_path, flags):
         trainer.model.eval()
         with torch.no_grad():
             assert torch.equal(again(**batch).logits, trainer.model(**batch).logits)
+
+
+@pytest.mark.parametrize("flag", ["--use_lora", "--use_qlora"])
+def test_merged_model_is_the_adapted_one(demo_checkpoint, tmp_path, flag):
+    """merged/ is a full checkpoint; its logits are those of base and adapter together."""
+    args = arguments(demo_checkpoint, tmp_path, flag, "--lora_rank", "4", "--merge_lora")
+    trainer, processor = make_trainer(args), load_processor(args)
+    trainer.train()
+    save_model(trainer, processor, args)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path).eval()
+    batch = TrainingCollator(AutoProcessor.from_pretrained(tmp_path / "merged"))(RECORDS)
+    with torch.no_grad():
+        ours, expected = merged(**batch).logits, adapted(**batch).logits
+        plain = AutoModelForCausalLM.from_pretrained(demo_checkpoint)(**batch).logits
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    assert (ours - plain).abs().max() > 1e-3, "the adapter changed nothing"
+
+
+def test_learning_rates_of_their_own(demo_checkpoint, tmp_path):
+    """Vision tower, projector and the rest get their rate; weight decay is as the Trainer's."""
+    flags = ("--vision_learning_rate", "1e-6", "--projector_learning_rate", "1e-5")
+    args = arguments(demo_checkpoint, tmp_path, *flags, "--wd", "0.1")
+    trainer = make_trainer(args)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+
+    def by_name(key: str) -> dict[str, float]:
+        groups = trainer.optimizer.param_groups
+        return {names[id(p)]: group[key] for group in groups for p in group["params"]}
+
+    trainer.create_optimizer()
+    plain = by_name("weight_decay")
+    trainer.optimizer = None
+    set_learning_rates(trainer, args)
+    assert by_name("weight_decay") == plain and set(by_name("betas").values()) == {(0.9, 0.95)}
+    rates = by_name("lr")
+    assert rates.keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        assert rate == (1e-6 if "img_processor" in name else 1e-5 if is_vision(name) else 4e-5)
+    trainer.train()
+    assert set(by_name("initial_lr").values()) == {1e-6, 1e-5, 4e-5}, "training kept the groups"
 
 
 def test_adapters_start_the_same_in_every_run(demo_checkpoint, tmp_path):
@@ -233,7 +276,7 @@ def test_a_saved_model_is_the_trained_one(demo_checkpoint, tmp_path):
     args = arguments(demo_checkpoint, tmp_path)
     trainer = make_trainer(args)
     trainer.train()
-    save_model(trainer, load_processor(args))
+    save_model(trainer, load_processor(args), args)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     trained = trainer.model.state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in again.state_dict().items())
@@ -381,6 +424,11 @@ def test_implied_flags(monkeypatch):
         (["--num_crops", "17"], "--num_crops must be 1 to 16, not 17"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--batch_size", "6", "--batch_size_per_gpu", "4"], "divisible by 1 processes x"),
+        (["--merge_lora"], "--merge_lora needs --use_lora"),
+        (
+            ["--vision_learning_rate", "1e-6", "--freeze_vision_model"],
+            "--vision_learning_rate has nothing to train",
+        ),
         (["--num_train_epochs", "0"], "--num_train_epochs must be above 0"),
     ],
 )
