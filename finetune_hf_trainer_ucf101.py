@@ -34,8 +34,9 @@ from transformers import Trainer
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError, load_conversations
-from phi3v.evaluation import Result, evaluate
+from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.metrics import accuracy
+from phi3v.packing import fit_lengths
 from phi3v.training import (
     ThroughputCallback,
     load_model,
@@ -73,16 +74,16 @@ def main():
     args = get_arguments()
     training_args = make_training_arguments(args)
 
-    # Data first: a mistake in it should not cost the loading of a model.
+    # Data before the model: a mistake in it should not cost the loading.
     try:
         train_dataset = load_split(args.data_dir, "train")
         eval_dataset = load_split(args.data_dir, args.eval_split)
+        processor = load_processor(args)
+        train_dataset = fit_lengths(train_dataset, processor, args)
     except ConversationError as error:
         stop(error)
 
-    processor = load_processor(args)
     model = load_model(args, training_args)
-
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -92,12 +93,17 @@ def main():
     )
     set_learning_rates(trainer, args)
 
-    evaluate(trainer, processor, eval_dataset, metrics, "eval_before.json", args)
+    def run_evaluation(file_name: str):
+        evaluate(trainer, processor, eval_dataset, metrics, file_name, args)
+
+    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation))
+
+    run_evaluation("eval_before.json")
     if args.eval_only:
         return
     trainer.train()
     save_model(trainer, processor, args)
-    evaluate(trainer, processor, eval_dataset, metrics, "eval_after.json", args)
+    run_evaluation("eval_after.json")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,17 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         default=1,
         help="micro batch; --batch_size must be divisible by GPUs x this",
     )
+    group.add_argument(
+        "--max_length",
+        type=int,
+        help="leave out samples of more tokens, images included, and say how many; none is cut",
+    )
+    group.add_argument(
+        "--pack_length",
+        type=int,
+        help="let short samples share a row of at most so many tokens, without padding and without "
+        "seeing each other; a batch then counts rows",
+    )
     group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")
     group.add_argument(
@@ -111,6 +122,9 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--eval_only", action="store_true", help="evaluate the model into eval_before.json and stop"
+    )
+    group.add_argument(
+        "--eval_steps", type=int, help="evaluate every so many steps too, into eval_step_<n>.json"
     )
     group.add_argument("--max_new_tokens", type=int, default=64, help="longest generated answer")
     return parser
@@ -147,6 +161,9 @@ def parse_arguments(
         "lora_rank",
     ):
         if getattr(args, flag) < 1:
+            refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
+    for flag in ("max_length", "pack_length", "eval_steps"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
     per_step = world_size * args.batch_size_per_gpu
     if args.batch_size % per_step:

@@ -2,8 +2,11 @@
 Records (see `conversations.py`) to batches.
 
 Both collators tokenize the same prompt: the conversation up to its last question. Training appends
-    the last answer.
+the last answer.
 """
+
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -17,6 +20,10 @@ IGNORED = -100
 class TrainingCollator:
     """
     Records to a training batch, padded on the right.
+
+    Where the samples are lists of records (see `packing.py`), all of them become one row without
+    padding: `position_ids` (1, s) start again with every record and stand in for the mask, since
+    attention then stays inside a record.
 
     Returns of each call:
         `input_ids`, `attention_mask`, `labels`: (b, s). Labels are the ids of every assistant turn,
@@ -32,7 +39,10 @@ class TrainingCollator:
             ["<|assistant|>", "<|user|>"]
         )
 
-    def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, records: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
+        packed = isinstance(records[0], list)
+        if packed:
+            records = [record for pack in records for record in pack]
         prompts, image_inputs = encode_prompts(self.processor, records)
         answers = self.processor.tokenizer(
             [
@@ -46,6 +56,14 @@ class TrainingCollator:
             self._earlier_answers(prompt) + answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
+        if packed:
+            positions = [range(len(row)) for row in ids]
+            return {
+                "input_ids": _join(ids),
+                "position_ids": _join(positions),
+                "labels": _join(labels),
+                **image_inputs,
+            }
         return {
             "input_ids": _pad(ids, self.processor.tokenizer.pad_token_id, "right"),
             "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
@@ -101,6 +119,11 @@ def encode_prompts(
         image_inputs["pixel_values"] = encoded["pixel_values"]
         image_inputs["image_sizes"] = torch.tensor(encoded["image_sizes"])
     return encoded["input_ids"], image_inputs
+
+
+def _join(rows: list[Sequence[int]]) -> torch.Tensor:
+    """Rows one behind the other: (1, s)."""
+    return torch.tensor([[*chain.from_iterable(rows)]])
 
 
 def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:

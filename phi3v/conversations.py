@@ -209,18 +209,27 @@ def to_messages(record: dict) -> list[dict[str, str]]:
 
 def load_images(record: dict) -> list[Image.Image]:
     """All images of a record, in order, decoded."""
-    images = [image for turn in record["conversations"] for image in turn["images"]]
-    return [_load_image(image, record["id"]) for image in images]
+    return [_open_image(image, record["id"], decode=True) for image in _images(record)]
 
 
-def _load_image(image: object, identifier: str) -> Image.Image:
+def image_sizes(record: dict) -> list[tuple[int, int]]:
+    """(width, height) of all images of a record, in order. Only their headers are read."""
+    return [_open_image(image, record["id"], decode=False).size for image in _images(record)]
+
+
+def _images(record: dict) -> list:
+    return [image for turn in record["conversations"] for image in turn["images"]]
+
+
+def _open_image(image: object, identifier: str, decode: bool) -> Image.Image:
     if isinstance(image, dict):  # an undecoded image of `datasets`
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):
         return image
     try:
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        opened.load()
+        if decode:
+            opened.load()
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         name = "an image" if isinstance(image, bytes) else image
         raise ConversationError(f"sample {identifier!r}: cannot read {name}: {error}") from error

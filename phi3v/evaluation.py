@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from .collators import GenerationCollator
 from .metrics import normalise
@@ -72,6 +72,18 @@ def evaluate(
     shown = ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
     print_first(f"{file_name}: {shown} on {len(results)} samples")
     return numbers
+
+
+class EvaluateEvery(TrainerCallback):
+    """Calls `run(file_name)` after every `steps` optimizer steps; never, where `steps` is None."""
+
+    def __init__(self, steps: int | None, run: Callable[[str], object]):
+        self.steps = steps
+        self.run = run
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.steps and state.global_step % self.steps == 0:
+            self.run(f"eval_step_{state.global_step}.json")
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -120,7 +120,7 @@ class Phi3VProcessor(ProcessorMixin):
                 self.image_processor(in_order, return_tensors=return_tensors, **images_kwargs)
             )
             lengths = [int(length) for length in image_inputs.pop("num_img_tokens")]
-        input_ids = self._tokenize(texts, lengths)
+        input_ids = self.tokenize(texts, lengths)
         encoded = self.tokenizer.pad(
             {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]},
             padding=padding,
@@ -129,7 +129,7 @@ class Phi3VProcessor(ProcessorMixin):
         )
         return BatchFeature({**encoded, **image_inputs})
 
-    def _tokenize(self, texts: list[str], lengths: list[int]) -> list[list[int]]:
+    def tokenize(self, texts: list[str], lengths: list[int]) -> list[list[int]]:
         """
         Ids of every text, with `lengths[i]` placeholders for the i-th tag of all texts.
 

@@ -288,15 +288,20 @@ class ThroughputCallback(TrainerCallback):
 
     def __init__(self):
         self.tokens: torch.Tensor | int = 0
-        self.samples = 0
+        self.samples: torch.Tensor | int = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # On the device and without a sum over ranks, so that counting never waits for a step.
         def count(module, inputs, named_inputs):
-            mask = named_inputs.get("attention_mask")
-            if module.training and mask is not None:
+            if not module.training:
+                return
+            mask, positions = (named_inputs.get(k) for k in ("attention_mask", "position_ids"))
+            if mask is not None:
                 self.tokens = self.tokens + mask.sum()
-                self.samples += len(mask)
+                self.samples = self.samples + len(mask)
+            elif positions is not None:  # packed rows: no padding, and every sample starts at 0
+                self.tokens = self.tokens + positions.numel()
+                self.samples = self.samples + (positions == 0).sum()
 
         self.hook = model.register_forward_pre_hook(count, with_kwargs=True)
         self.start = time.perf_counter()
@@ -305,7 +310,7 @@ class ThroughputCallback(TrainerCallback):
         seconds = time.perf_counter() - self.start
         self.hook.remove()
         total = torch.tensor(
-            [self.samples, int(self.tokens)], device=args.device, dtype=torch.float64
+            [int(self.samples), int(self.tokens)], device=args.device, dtype=torch.float64
         )
         peak = torch.tensor(_peak_memory(), device=args.device, dtype=torch.float64)
         if dist.is_initialized():

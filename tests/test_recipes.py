@@ -241,3 +241,24 @@ def test_a_dataset_that_is_not_there(tmp_path):
     arguments = type("Args", (), {"dataset_name_or_path": str(tmp_path / "no"), "num_eval_rows": 2})
     with pytest.raises(ValueError, match="cannot load split 'train' of .*--dataset_name_or_path"):
         recipe("nlvr2").load_datasets(arguments)
+
+
+# ---------------------------------------------------------------- evaluation flags
+
+
+def test_evaluation_during_training_and_alone(demo_checkpoint, tmp_path, monkeypatch):
+    """--eval_steps writes a file a step count; --eval_only evaluates, and trains nothing."""
+    rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(8)]
+    folder = write_parquet(tmp_path / "nlvr2", "train", rows)
+    flags = ("--dataset_name_or_path", folder, "--num_eval_rows", "2", "--eval_steps", "2")
+    run("nlvr2", demo_checkpoint, tmp_path, monkeypatch, *flags)
+    output_dir = tmp_path / "output"
+    assert [p.name for p in sorted(output_dir.glob("eval_step_*"))] == ["eval_step_2.json"]
+    after = (output_dir / "eval_after.json").read_text()
+    monkeypatch.setattr(
+        sys, "argv", [*sys.argv, "--eval_only", "--output_dir", str(tmp_path / "e")]
+    )
+    sys.argv[1] = f"--model_name_or_path={output_dir}"
+    recipe("nlvr2").main()
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["eval_before.json"]
+    assert (tmp_path / "e" / "eval_before.json").read_text() == after, "the saved model is it"

@@ -1,0 +1,100 @@
+"""
+Samples that are too long, and short ones that share a row.
+
+Lengths are known without decoding an image: an image's tokens follow from its size.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from .conversations import ConversationError, image_sizes, to_messages
+from .processing_phi3_v import Phi3VProcessor
+from .training import print_first
+
+
+def fit_lengths(
+    records: Sequence[dict], processor: Phi3VProcessor, args: argparse.Namespace
+) -> Sequence:
+    """
+    The training set under --max_length and --pack_length; as it is without them.
+
+    Samples of more than `max_length` tokens are left out, and their number is printed; none is ever
+    cut. With `pack_length`, samples share rows of at most so many tokens, and a longer one has a
+    row of its own.
+
+    Raises:
+        ConversationError: no sample is left.
+    """
+    max_length, pack_length = args.max_length, args.pack_length
+    if max_length is None and pack_length is None:
+        return records
+    hidden = not args.tqdm or int(os.environ.get("RANK", 0)) != 0
+    bar = tqdm(records, desc="counting tokens", unit="sample", disable=hidden)
+    lengths = [count_tokens(processor, record) for record in bar]
+    kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
+    if len(kept) < len(lengths):
+        print_first(
+            f"--max_length {max_length}: {len(lengths) - len(kept)} of {len(lengths)} samples are "
+            f"longer (up to {max(lengths)} tokens) and left out"
+        )
+    if not kept:
+        raise ConversationError(
+            f"no training sample has at most --max_length {max_length} tokens; the shortest has "
+            f"{min(lengths)}. Raise it, or lower --num_crops."
+        )
+    if pack_length is None:
+        return Subset(records, kept)
+    rows = pack([lengths[i] for i in kept], pack_length)
+    print_first(f"--pack_length {pack_length}: {len(kept)} samples in {len(rows)} rows")
+    return PackedRecords(records, [[kept[i] for i in members] for members in rows])
+
+
+def count_tokens(processor: Phi3VProcessor, record: dict) -> int:
+    """Tokens of a record as it is trained: prompt, images and answers."""
+    *prompt, answer = to_messages(record)
+    text = processor.tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True
+    )
+    images = [
+        processor.calc_num_image_tokens_from_image_size(*size) for size in image_sizes(record)
+    ]
+    end = processor.tokenizer(
+        f"{answer['content']}<|end|>\n<|endoftext|>", add_special_tokens=False
+    )
+    return len(processor.tokenize([text], images)[0]) + len(end.input_ids)
+
+
+def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
+    """
+    Sample numbers by row. First fit, the longest first: rows are full, and the same in every run.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        row = next((r for r, left in enumerate(room) if left >= length), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(max(pack_length, length))
+        rows[row].append(index)
+        room[row] -= length
+    return [sorted(members) for members in rows]
+
+
+class PackedRecords(Dataset):
+    """Lists of records that share a row."""
+
+    def __init__(self, records: Sequence[dict], rows: list[list[int]]):
+        self.records = records
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        return [self.records[i] for i in self.rows[index]]
