@@ -70,8 +70,8 @@ def test_a_packed_sample_does_not_see_its_neighbours(demo_checkpoint, demo_proce
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
     collator = TrainingCollator(demo_processor)
     with torch.no_grad():
-        first = model(**collator([[MORE[0], MORE[1]]])).logits
-        second = model(**collator([[MORE[2], MORE[1]]])).logits
+        first = model(**collator([[MORE[0], MORE[1]]]), use_cache=False).logits
+        second = model(**collator([[MORE[2], MORE[1]]]), use_cache=False).logits
     length = count_tokens(demo_processor, MORE[1])
     torch.testing.assert_close(first[:, -length:], second[:, -length:], rtol=0, atol=1e-5)
 
