@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collators import GenerationCollator
 from .metrics import normalise
@@ -116,15 +118,20 @@ def generate(
     sizes = [_size(record) for record in records]
     order = sorted(range(len(records)), key=sizes.__getitem__, reverse=True)
     mine = order[rank::world_size]
+    zero3 = is_deepspeed_zero3_enabled()
+    rounds = mine
+    if zero3:
+        # Ranks meet at every layer, so each has to generate as often: some do a sample twice.
+        rounds = [*mine, *order[:1]][: math.ceil(len(order) / world_size)]
     loader = DataLoader(
-        Subset(records, mine),
+        Subset(records, rounds),
         batch_size=args.eval_batch_size_per_gpu,
         collate_fn=GenerationCollator(processor),
         num_workers=trainer.args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if getattr(model, "hf_device_map", None) is None:
+    if getattr(model, "hf_device_map", None) is None and not zero3:
         model.to(device)
     was_training = model.training
     model.eval()
@@ -132,6 +139,7 @@ def generate(
     hidden = trainer.args.disable_tqdm or rank != 0
     with (
         _autocast(trainer),
+        _whole_model(trainer),
         tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
     ):
         for batch in loader:
@@ -154,7 +162,7 @@ def generate(
             progress.update(min(len(answers) * world_size, len(records) - progress.n))
     model.train(was_training)
     answered = zip(texts, probabilities or [None] * len(texts), strict=True)
-    return _gather(dict(zip(mine, answered, strict=True)), len(records))
+    return _gather(dict(zip(mine, answered, strict=False)), len(records))
 
 
 def _first_tokens(processor: Phi3VProcessor, choices: tuple[str, str]) -> list[int]:
@@ -179,6 +187,15 @@ def _autocast(trainer: Trainer) -> contextlib.AbstractContextManager:
     if low is None:
         return contextlib.nullcontext()
     return torch.autocast(args.device.type, dtype=low)
+
+
+def _whole_model(trainer: Trainer) -> contextlib.AbstractContextManager:
+    """Under ZeRO-3, before training has started its engine, the shards have to be put together."""
+    if is_deepspeed_zero3_enabled() and trainer.model_wrapped is trainer.model:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
+    return contextlib.nullcontext()
 
 
 def _gather(mine: dict[int, tuple], count: int) -> list[tuple]:

@@ -384,11 +384,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         }
         loaded = super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = [
-            conversion
-            for conversion in model._weight_conversions
-            if alias not in conversion.source_patterns
-        ]
+        # The model's own names are the official ones: saving converts nothing back. Under ZeRO-3 it
+        # would, and rename CLIP's tensors by a rule that loading had not used.
+        model._weight_conversions = []
         # Loading replaces parameters and the generation config, and with them what __init__ had
         # set.
         model.model.vision_embed_tokens.img_processor.freeze_unused()

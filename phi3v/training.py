@@ -4,6 +4,7 @@ the end.
 """
 
 import argparse
+import json
 import os
 import resource
 import socket
@@ -26,6 +27,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .modeling_phi3_v import Phi3VForCausalLM
 from .processing_phi3_v import Phi3VProcessor
@@ -52,6 +54,13 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     if deepspeed != "none":
         if not Path(deepspeed).is_file():
             stop(ValueError(f"--deepspeed {deepspeed}: no such file. Give a config, or `none`."))
+        stage = json.loads(Path(deepspeed).read_text())["zero_optimization"]["stage"]
+        if args.use_qlora and stage == 3:
+            message = "--use_qlora does not go with ZeRO-3, which cannot shard 4-bit weights."
+            stop(ValueError(f"{message} Leave --deepspeed away: DDP is enough for adapters."))
+        if args.merge_lora and stage == 3:
+            message = "--merge_lora needs whole weights on one rank, which ZeRO-3 does not have."
+            stop(ValueError(f"{message} Leave --deepspeed away: DDP is enough for adapters."))
         _prepare_deepspeed(on_gpu)
     first = int(os.environ.get("RANK", 0)) == 0
     _filter_warnings(first)
@@ -109,11 +118,11 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 
 
 def _prepare_deepspeed(on_gpu: bool) -> None:
+    import deepspeed.ops
+
     if not on_gpu:
         # DeepSpeed's shared-memory collectives serve inference on CPUs. Training never uses them,
         # and compiling them takes two minutes at the first collective.
-        import deepspeed.ops
-
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         # Started without torchrun: one process, which DeepSpeed would ask MPI about.
@@ -123,6 +132,9 @@ def _prepare_deepspeed(on_gpu: bool) -> None:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+    if not on_gpu:
+        # ZeRO-3 shards the model while it is loaded, which is before the Trainer would do this.
+        deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _filter_warnings(first: bool) -> None:
@@ -188,7 +200,10 @@ def load_model(
         model.model.vision_embed_tokens.requires_grad_(False)
     if args.use_lora:
         model = get_peft_model(model, lora_config(args, model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # A shard of ZeRO-3 says in ds_numel how large the whole is.
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    if trained == 0:
+        stop(ValueError("no parameter is left to train. Drop one of the flags that freeze."))
     print_first(f"{trained:,} trained parameters")
     return model
 
@@ -252,10 +267,14 @@ def save_model(trainer: Trainer, processor: Phi3VProcessor, args: argparse.Names
     folder = trainer.args.output_dir
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
+        state_dict = None
+        if is_deepspeed_zero3_enabled():
+            # Every rank has a part of every adapter.
+            state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if trainer.is_world_process_zero():
             # lm_head has an adapter, which makes PEFT save the whole of it as well unless told
             # otherwise.
-            model.save_pretrained(folder, save_embedding_layers=False)
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     else:
         # The Trainer turns the cache off for training; a saved model generates.
         model.config.use_cache = True

@@ -89,6 +89,9 @@ def finetuned(data_dir, demo_checkpoint, tmp_path_factory):
         script = flags(data_dir, demo_checkpoint, output_dir)
         if name == "zero2":
             output = run(tmp_path, torchrun(2, *script))
+        elif name == "zero3":
+            config = str(REPO / "ds_configs" / "zero3.json")
+            output = run(tmp_path, torchrun(2, *script, "--deepspeed", config))
         elif name == "ddp":
             output = run(tmp_path, torchrun(2, *script, "--deepspeed", "none"))
         elif name == "one process":
@@ -117,7 +120,7 @@ def finetuned(data_dir, demo_checkpoint, tmp_path_factory):
     return start
 
 
-LAUNCHERS = ["zero2", "ddp", "one process", "two machines"]
+LAUNCHERS = ["zero2", "zero3", "ddp", "one process", "two machines"]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -164,6 +167,21 @@ def test_more_ranks_than_samples(data_dir, demo_checkpoint, tmp_path):
     result = json.loads((tmp_path / "out" / "eval_after.json").read_text())
     assert result["ids"] == ["test-0", "test-1", "test-2"]
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_lora_under_every_engine(data_dir, demo_checkpoint, tmp_path):
+    """DDP and ZeRO-2 train the same adapters; ZeRO-3, which draws others, saves them whole."""
+    adapters = []
+    for config in ("none", "zero2.json", "zero3.json"):
+        path = config if config == "none" else str(REPO / "ds_configs" / config)
+        script = flags(data_dir, demo_checkpoint, tmp_path / config)
+        run(tmp_path, torchrun(2, *script, "--use_lora", "--lora_rank", "2", "--deepspeed", path))
+        adapters.append(load_file(tmp_path / config / "adapter_model.safetensors"))
+    ddp, zero2, zero3 = adapters
+    assert ddp.keys() == zero2.keys() == zero3.keys()
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(zero2[name], tensor, rtol=0, atol=2e-4, msg=name)
+        assert zero3[name].shape == tensor.shape and zero3[name].any() and tensor.any(), name
 
 
 def test_wrong_data_costs_no_model(data_dir, tmp_path):
