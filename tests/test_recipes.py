@@ -262,3 +262,16 @@ def test_evaluation_during_training_and_alone(demo_checkpoint, tmp_path, monkeyp
     recipe("nlvr2").main()
     assert [path.name for path in (tmp_path / "e").iterdir()] == ["eval_before.json"]
     assert (tmp_path / "e" / "eval_before.json").read_text() == after, "the saved model is it"
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_readme_snippet(demo_checkpoint, tmp_path, capsys):
+    """The README's way to answer a question runs as it stands."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    snippet = readme.split("Answer a question with it:")[1].split("```python\n")[1].split("```")[0]
+    picture(0).save(tmp_path / "image.png")
+    snippet = snippet.replace("<output_dir>", str(demo_checkpoint))
+    exec(snippet.replace("<image>", str(tmp_path / "image.png")).replace("=64", "=4"), {})
+    assert capsys.readouterr().out.endswith("\n")
