@@ -81,20 +81,25 @@ def load_dataset(args, name_or_path: str, split: str) -> Records:
 def from_examples(rows, seed: int) -> Records:
     """Columns image, query {"en"}, answers: one of the answers is the target, drawn by the seed."""
 
-    def make(index: int) -> dict:
-        row = rows[index]
-        identifier = f"docvqa-{row.get('id', index)}"
+    texts = rows.remove_columns("image")
+
+    def make(index: int, images: list) -> dict:
+        row = texts[index]
+        where, identifier = f"DocVQA row {index}", f"docvqa-{row.get('id', index)}"
+        if not row["answers"]:
+            raise ConversationError(f"{where} has no answers.")
         turn = {
-            "images": [row["image"]],
+            "images": images,
             "user": f"{row['query']['en']}\nAnswer briefly.",
             "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
         }
-        record = check_record(
-            {"id": identifier, "source": "docvqa", "conversations": [turn]}, f"DocVQA row {index}"
-        )
-        return {**record, "answers": row["answers"]}
+        record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
+        return {**check_record(record, where), "answers": row["answers"]}
 
-    return Records(range(len(rows)), make)
+    # All texts are checked before the work starts; images are read when their record is.
+    for index in range(len(rows)):
+        make(index, [])
+    return Records(range(len(rows)), lambda index: make(index, [rows[index]["image"]]))
 
 
 def metrics(results: list[Result]) -> dict[str, float]:

@@ -104,6 +104,7 @@ def challenge_records(folder: Path, name: str) -> Records:
     for where, meme in keys:
         if not (folder / meme["img"]).is_file():
             raise ConversationError(f"{where}: img {meme['img']!r} is not a file in {folder}.")
+        make((where, meme))
     return Records(keys, make)
 
 

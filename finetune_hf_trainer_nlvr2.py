@@ -113,6 +113,7 @@ def official_records(path: Path, images: dict[str, str]) -> Records:
     for where, row in keys:
         if missing := [name for name in image_names(row["identifier"]) if name not in images]:
             raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}.")
+        make((where, row))
     return Records(keys, make)
 
 

@@ -1,9 +1,9 @@
 """
 The record that every recipe turns its dataset into, and the jsonl that holds such records on disk.
 
-    {"id": "val-0000000300", "source": "ucf101",
-     "conversations": [{"images": ["val/a.0.jpg", "val/a.1.jpg"], "user": "...", "assistant":
-     "..."}]}
+    {"id": "val-0000000300", "source": "ucf101", "conversations": [
+        {"images": ["val/a.0.jpg", "val/a.1.jpg"], "user": "...", "assistant": "..."}
+    ]}
 
 `conversations` is a list of turns; the images of a turn may be absent. In a jsonl, images are paths
 relative to the image folder. In memory, an image is a path, the bytes of a file, a PIL image, or

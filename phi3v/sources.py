@@ -141,21 +141,18 @@ def cauldron_records(
     """
     texts = rows.select_columns("texts")
     indices = range(len(rows)) if indices is None else indices
+
+    def make(row: int, question: int, images: list) -> dict:
+        text = texts[row]["texts"][question]
+        turn = {"images": images, "user": text["user"], "assistant": text["assistant"]}
+        record = {"id": f"{name}-{row}-{question}", "source": name, "conversations": [turn]}
+        return check_record(record, f"{name}, row {row}")
+
     keys = [(row, question) for row in indices for question in range(len(texts[row]["texts"]))]
-
-    def make(key: tuple[int, int]) -> dict:
-        index, question = key
-        row = rows[index]
-        text = row["texts"][question]
-        turn = {
-            "images": row["images"],
-            "user": text["user"],
-            "assistant": text["assistant"],
-        }
-        record = {"id": f"{name}-{index}-{question}", "source": name, "conversations": [turn]}
-        return check_record(record, f"{name}, row {index}")
-
-    return Records(keys, make)
+    # All texts are checked before the work starts; images are read when their record is.
+    for row, question in keys:
+        make(row, question, [])
+    return Records(keys, lambda key: make(*key, rows[key[0]]["images"]))
 
 
 def split_rows(rows: datasets.Dataset, num_eval: int) -> tuple[range, range]:

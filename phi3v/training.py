@@ -52,15 +52,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     if deepspeed is None:
         deepspeed = "none" if args.use_lora else str(DS_CONFIGS / "zero2.json")
     if deepspeed != "none":
-        if not Path(deepspeed).is_file():
-            stop(ValueError(f"--deepspeed {deepspeed}: no such file. Give a config, or `none`."))
-        stage = json.loads(Path(deepspeed).read_text())["zero_optimization"]["stage"]
-        if args.use_qlora and stage == 3:
-            message = "--use_qlora does not go with ZeRO-3, which cannot shard 4-bit weights."
-            stop(ValueError(f"{message} Leave --deepspeed away: DDP is enough for adapters."))
-        if args.merge_lora and stage == 3:
-            message = "--merge_lora needs whole weights on one rank, which ZeRO-3 does not have."
-            stop(ValueError(f"{message} Leave --deepspeed away: DDP is enough for adapters."))
+        _check_deepspeed(args, Path(deepspeed))
         _prepare_deepspeed(on_gpu)
     first = int(os.environ.get("RANK", 0)) == 0
     _filter_warnings(first)
@@ -115,6 +107,20 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         f"{training_args.gradient_accumulation_steps} accumulation steps"
     )
     return training_args
+
+
+def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
+    """Stop where there is no such config, or where the flags do not go with it."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        stop(ValueError(f"--deepspeed {path}: {error}. Give a DeepSpeed config, or `none`."))
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        remedy = "Leave --deepspeed away: DDP is enough for adapters."
+        if args.use_qlora:
+            stop(ValueError(f"--use_qlora: ZeRO-3 cannot shard 4-bit weights. {remedy}"))
+        if args.merge_lora:
+            stop(ValueError(f"--merge_lora: ZeRO-3 has no rank with whole weights. {remedy}"))
 
 
 def _prepare_deepspeed(on_gpu: bool) -> None:

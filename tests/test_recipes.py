@@ -227,6 +227,20 @@ def test_columns_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
     assert "Found: picture, caption" in message and "images, texts" in message
 
 
+def test_wrong_texts_are_found_before_the_start(tmp_path):
+    """A text that would forge a turn, or an empty answer, names the row; no image is decoded."""
+    rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(4)]
+    rows[2]["texts"][0]["user"] = "a<|end|>b"
+    folder = write_parquet(tmp_path / "forged", "train", rows)
+    arguments = type("Args", (), {"dataset_name_or_path": str(folder), "num_eval_rows": 1})
+    with pytest.raises(ValueError, match=r"nlvr2, row 2.*user contains '<\|end\|>'"):
+        recipe("nlvr2").load_datasets(arguments)
+    bad = [examples_row(0), {**examples_row(1), "answers": [" "]}]
+    folder = write_parquet(tmp_path / "empty", "train", bad)
+    with pytest.raises(ValueError, match="DocVQA row 1.*assistant is empty"):
+        recipe("docvqa").load_dataset(type("Args", (), {"seed": 1}), str(folder), "train")
+
+
 def test_too_few_rows_to_split(tmp_path):
     """Nothing left to train on is an error that names the flag."""
     rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(3)]

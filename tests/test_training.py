@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 
-from conftest import GOLDEN
+from conftest import GOLDEN, REPO
 from golden_util import make_image
 from phi3v import Phi3VConfig
 from phi3v.arguments import make_parser, parse_arguments
@@ -437,6 +437,23 @@ def test_refused_arguments(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(make_parser(""), flags)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--deepspeed", "no.json"], "no.json.*Give a DeepSpeed config, or `none`"),
+        (["--deepspeed", "README.md"], "README.md.*Give a DeepSpeed config, or `none`"),
+        (["--use_qlora", "--deepspeed", "ds_configs/zero3.json"], "cannot shard 4-bit weights"),
+        (["--use_lora", "--merge_lora", "--deepspeed", "ds_configs/zero3.json"], "no rank with"),
+    ],
+)
+def test_refused_deepspeed_configs(flags, message, monkeypatch):
+    """A config that is none, or that a flag contradicts, ends the run before anything starts."""
+    monkeypatch.chdir(REPO)
+    args = parse_arguments(make_parser(""), flags)
+    with pytest.raises(SystemExit, match=message):
+        make_training_arguments(args)
 
 
 @pytest.mark.parametrize(
