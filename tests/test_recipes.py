@@ -1,5 +1,6 @@
 """The recipes on small local datasets in every layout that they read, started in this process."""
 
+import csv
 import importlib
 import json
 import sys
@@ -11,6 +12,8 @@ from PIL import Image
 
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import load_images
+from phi3v.evaluation import Result
+from phi3v.sources import Records
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 COLORS = ["red", "lime", "blue"]
@@ -289,3 +292,21 @@ def test_readme_snippet(demo_checkpoint, tmp_path, capsys):
     snippet = snippet.replace("<output_dir>", str(demo_checkpoint))
     exec(snippet.replace("<image>", str(tmp_path / "image.png")).replace("=64", "=4"), {})
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_readme_example_of_a_new_task(demo_processor, tmp_path):
+    """The README's two functions make records that the collator takes, and a number."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    example = readme.split("### A new task")[1].split("```python\n")[1].split("```")[0]
+    names = {"csv": csv, "Records": Records, "Result": Result}
+    exec(example, names)
+    lines = ["file,count"]
+    for index in range(103):
+        picture(index).save(tmp_path / f"{index}.png")
+        lines.append(f"{index}.png,{index % 4}")
+    (tmp_path / "counts.csv").write_text("\n".join(lines))
+    train, evaluation = names["load_datasets"](type("Args", (), {"data_dir": str(tmp_path)}))
+    assert len(train) == 3 and len(evaluation) == 100 and train[0]["id"] == "100.png"
+    assert TrainingCollator(demo_processor)(list(train))["pixel_values"].shape[0] == 3
+    results = [Result("a", ["1"], "1", None), Result("b", ["2"], "3", None)]
+    assert names["metrics"](results) == {"accuracy": 0.5}
