@@ -38,7 +38,7 @@ from phi3v.sources import (
     Records,
     cauldron_records,
     load_rows,
-    read_json_lines,
+    read_fields,
     split_rows,
 )
 from phi3v.training import (
@@ -89,7 +89,7 @@ def load_datasets(args) -> tuple[Records, Records]:
 
 def challenge_records(folder: Path, name: str) -> Records:
     """The challenge's json lines: id, img (a path in the folder), text, label (1 is hateful)."""
-    keys = read_json_lines(folder / name, {"id", "img", "text", "label"})
+    keys = read_fields(folder / name, {"id", "img", "text", "label"})
 
     def make(key: tuple[str, dict]) -> dict:
         where, meme = key

@@ -35,7 +35,7 @@ from phi3v.sources import (
     Records,
     cauldron_records,
     load_rows,
-    read_json_lines,
+    read_fields,
     split_rows,
 )
 from phi3v.training import (
@@ -95,7 +95,7 @@ def official_records(path: Path, images: dict[str, str]) -> Records:
     An identifier is <split>-<set>-<pair>-<sentence>; its images are <split>-<set>-<pair>-img0.png
     and -img1.png.
     """
-    keys = read_json_lines(path, {"sentence", "label", "identifier"})
+    keys = read_fields(path, {"sentence", "label", "identifier"})
 
     def image_names(identifier: str) -> list[str]:
         return [f"{identifier.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1)]

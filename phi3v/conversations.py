@@ -76,34 +76,45 @@ def load_conversations(path: str | Path, image_dir: str | Path) -> datasets.Data
 
 
 def _read_jsonl(path: str, image_dir: str, version: tuple[int, int]) -> Iterator[dict]:
-    seen: dict[str, int] = {}
-    with open(path, "rb") as file:
+    seen: dict[str, str] = {}
+    for where, record in read_json_lines(Path(path)):
+        record = check_record(record, where)
+        if (first := seen.setdefault(record["id"], where)) != where:
+            line = first.rsplit(", ", 1)[-1]
+            raise ConversationError(
+                f"{where}: id {record['id']!r} is that of {line} too. Make ids unique."
+            )
+        for index, turn in enumerate(record["conversations"]):
+            field = f"{where}: conversations[{index}].images"
+            turn["images"] = [_image_path(image_dir, name, field) for name in turn["images"]]
+        yield record
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """
+    What each line of a json-lines file holds, and where it stands ("file, line 3").
+
+    Raises:
+        ConversationError: no such file, a line that is not UTF-8 or not JSON, or no lines.
+    """
+    if not path.is_file():
+        raise ConversationError(f"{path}: there is no such file.")
+    where = None
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
+                content = json.loads(line)
             except UnicodeDecodeError as error:
-                raise ConversationError(
-                    f"{where}: not UTF-8 ({error}). Save it as UTF-8."
-                ) from None
+                message = f"{where}: not UTF-8 ({error}). Save it as UTF-8."
+                raise ConversationError(message) from None
             except json.JSONDecodeError as error:
-                raise ConversationError(
-                    f"{where}: not JSON ({error}). One record a line."
-                ) from None
-            record = check_record(record, where)
-            if record["id"] in seen:
-                first = seen[record["id"]]
-                raise ConversationError(
-                    f"{where}: id {record['id']!r} is that of line {first} too. Make ids unique."
-                )
-            seen[record["id"]] = number
-            for index, turn in enumerate(record["conversations"]):
-                field = f"{where}: conversations[{index}].images"
-                turn["images"] = [_image_path(image_dir, name, field) for name in turn["images"]]
-            yield record
-    if not seen:
+                message = f"{where}: not JSON ({error}). One record a line."
+                raise ConversationError(message) from None
+            yield where, content
+    if where is None:
         raise ConversationError(f"{path}: the file has no records.")
 
 

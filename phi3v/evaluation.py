@@ -136,6 +136,7 @@ def generate(
     was_training = model.training
     model.eval()
     texts, probabilities = [], []
+    choice_ids = _first_tokens(processor, choices) if choices else None
     hidden = trainer.args.disable_tqdm or rank != 0
     with (
         _autocast(trainer),
@@ -157,7 +158,7 @@ def generate(
             answers = output.sequences[:, batch["input_ids"].shape[1] :]
             texts += processor.batch_decode(answers, skip_special_tokens=True)
             if choices:
-                logits = output.logits[0][:, _first_tokens(processor, choices)].float()
+                logits = output.logits[0][:, choice_ids].float()
                 probabilities += logits.softmax(-1)[:, 0].tolist()
             progress.update(min(len(answers) * world_size, len(records) - progress.n))
     model.train(was_training)

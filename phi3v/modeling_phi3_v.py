@@ -276,10 +276,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_sizes: torch.Tensor
     ) -> torch.Tensor:
         """(b, s) ids with placeholders and the batch's images to (b, s, d)."""
-        self.images_per_row(input_ids, image_sizes)
+        embedding = self.vision_embed_tokens
+        grids = embedding.count_crops(image_sizes)
         placeholders = self.image_placeholders(input_ids)
+        assign_images(
+            placeholders.sum(-1).tolist(), [embedding.count_tokens(*grid) for grid in grids]
+        )
         inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
-        image_features = self.get_image_features(pixel_values, image_sizes)
+        image_features = embedding(pixel_values, grids)
         return inputs_embeds.masked_scatter(
             placeholders[..., None], image_features.to(inputs_embeds.dtype)
         )

@@ -4,13 +4,12 @@ Datasets of rows, from the hub or from a folder, and how their rows become recor
 A recipe says which columns it reads and how a row becomes a record (see `conversations.py`).
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
 
-from .conversations import ConversationError, check_record
+from .conversations import ConversationError, check_record, read_json_lines
 
 
 def load_rows(
@@ -95,31 +94,18 @@ class Records:
         return (self.make(key) for key in self.keys)
 
 
-def read_json_lines(path: Path, fields: set[str]) -> list[tuple[str, dict]]:
+def read_fields(path: Path, fields: set[str]) -> list[tuple[str, dict]]:
     """
     The objects of a json-lines file, each with where it stands ("file, line 3").
 
     Raises:
-        ConversationError: no such file, a line that is not an object with `fields`, or no lines.
+        ConversationError: as `read_json_lines`, or a line that is not an object with `fields`.
     """
-    if not path.is_file():
-        raise ConversationError(f"{path}: there is no such file.")
-    found = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConversationError(f"{where}: not JSON ({error}).") from None
-            missing = sorted(fields - row.keys()) if isinstance(row, dict) else sorted(fields)
-            if missing:
-                raise ConversationError(f"{where} does not have the fields {', '.join(missing)}.")
-            found.append((where, row))
-    if not found:
-        raise ConversationError(f"{path}: the file has no records.")
+    found = list(read_json_lines(path))
+    for where, row in found:
+        missing = sorted(fields - row.keys()) if isinstance(row, dict) else sorted(fields)
+        if missing:
+            raise ConversationError(f"{where} does not have the fields {', '.join(missing)}.")
     return found
 
 
