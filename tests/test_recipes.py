@@ -8,24 +8,19 @@ from pathlib import Path
 
 import datasets
 import pytest
-from PIL import Image
 
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import load_images
 from phi3v.evaluation import Result
 from phi3v.sources import Records
+from small_datasets import cauldron_row, examples_row, picture, write_parquet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-COLORS = ["red", "lime", "blue"]
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def picture(index: int, size=(40, 30)) -> Image.Image:
-    return Image.new("RGB", size, COLORS[index % 3])
 
 
 def recipe(name: str):
@@ -49,35 +44,6 @@ def run(name: str, checkpoint: Path, tmp_path: Path, monkeypatch, *flags: object
     return [
         json.loads((output_dir / f"eval_{when}.json").read_text()) for when in ("before", "after")
     ]
-
-
-def write_parquet(folder: Path, split: str, rows: list[dict]) -> Path:
-    folder.mkdir(exist_ok=True)
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    features = datasets.Dataset.from_dict(columns).features
-    if "image" in features:
-        features["image"] = datasets.Image()
-    if "images" in features:
-        features["images"] = datasets.List(datasets.Image())
-    dataset = datasets.Dataset.from_dict(columns, features=features)
-    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return folder
-
-
-def cauldron_row(index: int, images: int, *questions: tuple[str, str]) -> dict:
-    return {
-        "images": [picture(index + i) for i in range(images)],
-        "texts": [{"user": u, "assistant": a, "source": "x"} for u, a in questions],
-    }
-
-
-def examples_row(index: int) -> dict:
-    return {
-        "id": f"page_{index}",
-        "image": picture(index, (30, 60)),
-        "query": {"en": f"What is number {index}?", "de": "Welche Zahl?"},
-        "answers": [f"number {index}", str(index)],
-    }
 
 
 # ---------------------------------------------------------------- DocVQA
