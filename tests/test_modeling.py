@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import plain_flash_attention
 from conftest import GOLDEN
 from golden_util import make_image, unrle
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
@@ -53,6 +54,14 @@ def model(request, tiny_checkpoint):
     return load(tiny_checkpoint, attn_implementation=request.param)
 
 
+@pytest.fixture(scope="module")
+def flash_model(tiny_checkpoint):
+    """The model that hands its attention to flash-attn's functions; here in plain PyTorch."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plain_flash_attention.install(monkeypatch)
+        yield load(tiny_checkpoint, attn_implementation="flash_attention_2")
+
+
 CASES = list(json.loads((GOLDEN / "forward.json").read_text())["cases"])
 WITH_LOSS = [name for name in CASES if not name.startswith(("batch2", "generate"))]
 GENERATED = [name for name in CASES if not name.startswith(("multi_turn", "text_4"))]
@@ -77,6 +86,19 @@ def test_logits_and_image_features(model, forward_cases, name):
         torch.testing.assert_close(
             sampled.detach(), torch.from_numpy(arrays[f"{name}.proj"]), rtol=0, atol=1e-3
         )
+    check_outputs(model, inputs, case, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_with_flash_attention(flash_model, forward_cases, name):
+    """What flash attention is called with gives the official numbers, padded batches included."""
+    case = forward_cases[name]
+    check_outputs(flash_model, case_inputs(case), case, name)
+
+
+def check_outputs(model: Phi3VForCausalLM, inputs: dict, case: dict, name: str) -> None:
+    """Hidden states and logits of a golden case, at its sampled positions."""
+    arrays = np.load(GOLDEN / "forward.npz")
     with torch.no_grad():
         outputs = model(**inputs, output_hidden_states=True)
     positions = torch.from_numpy(arrays[f"{name}.pos"]).long()
@@ -327,12 +349,19 @@ def test_a_row_does_not_depend_on_its_batch(model, side):
 
 def test_mixed_batch_generates_what_each_row_does(model):
     """Batched generation of rows with different numbers of images equals one at a time."""
-    together = model.generate(**batch(*MIXED, side="left"), max_new_tokens=8, do_sample=False)[
-        :, -8:
-    ]
-    for row, one in enumerate(MIXED):
-        alone = model.generate(**batch(one, side="left"), max_new_tokens=8, do_sample=False)[0, -8:]
-        assert together[row].tolist() == alone.tolist()
+    together = generate(model, *MIXED)
+    assert together == [generate(model, one)[0] for one in MIXED]
+
+
+def test_mixed_batch_with_flash_attention(flash_model, tiny_checkpoint):
+    """Generation with padding and a cache gives sdpa's tokens."""
+    assert generate(flash_model, *MIXED) == generate(load(tiny_checkpoint), *MIXED)
+
+
+def generate(model: Phi3VForCausalLM, *samples) -> list[list[int]]:
+    """Eight greedy tokens for each sample, generated in one batch."""
+    inputs = batch(*samples, side="left")
+    return model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, -8:].tolist()
 
 
 def test_left_padding_across_the_switch_with_images(tiny_checkpoint):

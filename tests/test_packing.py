@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+import plain_flash_attention
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError
 from phi3v.packing import count_tokens, fit_lengths, pack
@@ -40,11 +41,12 @@ def test_rows_hold_every_sample_once():
     assert pack([300, 10], 128) == [[0], [1]], "a longer sample has a row of its own"
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 def test_packed_loss_and_gradients_are_the_unpacked_ones(
-    demo_checkpoint, demo_processor, attention
+    demo_checkpoint, demo_processor, attention, monkeypatch
 ):
     """Samples in one row do not see each other: same loss, same gradients as padded rows."""
+    plain_flash_attention.install(monkeypatch)
     model = AutoModelForCausalLM.from_pretrained(
         demo_checkpoint, dtype=torch.float32, attn_implementation=attention
     ).train()
