@@ -96,7 +96,8 @@ def finetuned(data_dir, demo_checkpoint, tmp_path_factory):
             output = run(tmp_path, torchrun(2, *script, "--deepspeed", "none"))
         elif name == "one process":
             output = run(tmp_path, [sys.executable, *script])
-        elif name == "two machines":
+        else:
+            script += ["--deepspeed", "none"] if name == "two machines, ddp" else []
             port = free_port()
             nodes = [
                 [
@@ -120,7 +121,7 @@ def finetuned(data_dir, demo_checkpoint, tmp_path_factory):
     return start
 
 
-LAUNCHERS = ["zero2", "zero3", "ddp", "one process", "two machines"]
+LAUNCHERS = ["zero2", "zero3", "ddp", "one process", "two machines", "two machines, ddp"]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
