@@ -14,43 +14,64 @@ gives
     out_dir/ucf101_{train,val,test}.jsonl                          1 line a video
 
 Splits   At least one of train, val, test. A split without videos gets no jsonl. The classes in
-         the prompt are those of all splits together. Hidden files and other files are ignored.
+         the prompt are those of all splits together.
 Ids      <split>-<number>. The number is the video's place among all videos, sorted by split
          (train, val, test), class, name. It runs on: after 300 training videos val starts at 300.
 Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95
          in the video's own size, as stored (a rotation flag is not applied). Damaged parts are
          skipped, as ffmpeg does, with a warning. The bytes are the same on every run.
-Failures A video of which nothing decodes is named in the summary and leaves no files and no
-         record. Its number stays unused, so that the other ids do not depend on it.
-Jsonl    Those of an earlier run are removed at the start and written when all is done: where
-         there is a jsonl, all its images are there.
+Listed   failed:  nothing of the video decodes. It leaves no files and no record. Its number
+                  stays unused, so that the other ids do not depend on it. Tried again next time.
+         warning: converted, but damaged, cut off, or with too few frames, which then repeat.
+         ignored: a file below a split that is no video of a class, for example by its suffix.
+                  Hidden files are not listed.
+         --strict stops at the first file that would be listed, and writes no jsonl.
+Resume   The same command continues after a kill, Ctrl-C or a full disk. Each JPEG has a comment
+         with the checksums of the video and of its own data and with the settings. A video whose
+         frames are all there and fit is not decoded again; what does not fit is replaced. At the
+         end, images of earlier runs that are not in this dataset are removed, no other files are.
+         Files get their names when they are complete. After a power cut, run it again: torn
+         images are found by their checksum. A killed run leaves its extracted archive in
+         --tmp_dir until the same command runs again.
+Jsonl    Removed before the first image changes and written when all is done: where there is a
+         jsonl, all its images are there.
 
-Exit code: 0 all videos converted, 1 some failed, 2 wrong arguments, source or output folder.
+Exit code: 0 all videos converted, 1 some failed or --strict stopped, 2 wrong arguments, source or
+output folder, or a full disk, 130 stopped by Ctrl-C (SIGINT), 143 stopped by SIGTERM.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # the imports take a while; stop() answers later
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
 import argparse
+import fcntl
+import hashlib
 import io
 import json
 import lzma
 import multiprocessing
-import os
 import shlex
-import signal
+import shutil
+import stat
 import sys
 import tarfile
-import tempfile
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import av
+import PIL
 from PIL import Image
 from tqdm import tqdm
 
@@ -59,12 +80,25 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 LAYOUT = f"{{train,val,test}}/<class>/<video> with a video in {' '.join(SUFFIXES)}"
 JPEG_QUALITY = 95
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # How far the number of packets may be from that of frames before a video is decoded twice.
 GUESS_SLACK = 2
+# Images that something else made are not taken for those of this run. Raise the number when the
+# same video gives other frames than before.
+MADE_BY = f"convert_ucf101 1, PyAV {av.__version__}, Pillow {PIL.__version__}"
+JFIF_END = 20  # where the comment goes: right behind the JFIF header that Pillow writes
+PART = ".convert_ucf101.{}.part"  # a file that is being written
+# How often a video whose worker died is tried in a process of its own.
+TRIES_ALONE = 2
+SHOWN = 10  # ignored files that are named
 
 
-class SourceError(Exception):
-    """There are no usable videos. The message says why and what to do."""
+class ConvertError(Exception):
+    """The run cannot go on. The message says why and what to do."""
+
+
+class StrictError(Exception):
+    """There is a bad file, and --strict. The message is its line of the summary."""
 
 
 class Video(NamedTuple):
@@ -83,8 +117,71 @@ class Video(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    num_damaged: int = 0  # packets that the decoder refused
-    error: str | None = None  # why there is nothing of this video
+    error: str = ""  # why there is nothing of this video
+    warning: str = ""  # what is wrong with it otherwise
+    kept: bool = False  # an earlier run had completed it
+
+    def line(self, video: Video) -> str:
+        """The line of the summary, empty if all is well."""
+        kind = "failed" if self.error else "warning" if self.warning else ""
+        return kind and f"{kind}: {video.name}: {self.error or self.warning}"
+
+
+# ---- To stop at any moment ----
+
+CLEANUP = ExitStack()  # what is undone at the end, also when a signal is the end
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block. Processes started in it inherit that."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def stderr_closed() -> Iterator[None]:
+    """Processes started in the block are silent: one whose parent is killed prints a traceback."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def stop(number: int, _frame: object) -> None:
+    """Signal handler: no workers and no temporary files stay; one line."""
+    # Not an exception: it could strike in any library's code, which would print or lose it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join(5)
+        CLEANUP.close()
+    finally:
+        newline = "\n" if os.isatty(2) else ""  # the progress bar may be on this line
+        name = signal.Signals(number).name
+        text = f"{newline}convert_ucf101.py: stopped by {name}; the same command continues\n"
+        os.write(2, text.encode())
+        os._exit(128 + number)
+
+
+def lock(folder: Path, out_dir: Path) -> None:
+    """Keep other converters out of a folder until CLEANUP or the process ends, in whatever way."""
+    file = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)  # what the lock covers may be emptied
+    CLEANUP.callback(os.close, file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConvertError(f"another convert_ucf101.py is writing to {out_dir}") from error
+    except OSError:
+        pass  # this file system has no locks
 
 
 # ---- The source: an archive or a folder -> a list of videos ----
@@ -97,7 +194,7 @@ def download_archive() -> Path:
     try:
         return Path(hf_hub_download(repo_id=HUB_REPO, filename=HUB_FILE, repo_type="dataset"))
     except Exception as error:  # offline, proxy, full disk, ...: the ways out are the same
-        raise SourceError(
+        raise ConvertError(
             f"cannot download {HUB_FILE} of the hub dataset {HUB_REPO}: {error}\n"
             "Give the file with --archive FILE, or a folder of videos with --video_dir DIR."
         ) from error
@@ -110,49 +207,71 @@ def extract_archive(archive: Path, folder: Path) -> None:
             for member in tar.getmembers():
                 # The filter would only strip the root, but no honest archive has such a path.
                 if member.name.startswith(("/", os.sep)):
-                    raise SourceError(f"{archive} is refused: {member.name!r} is absolute")
+                    raise ConvertError(f"{archive} is refused: {member.name!r} is absolute")
                 tarfile.data_filter(member, str(folder))
+            # tarfile takes a damaged header for the end, and leaves the checksum behind it unread.
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("there is data behind its end")
             # Filtered again: only now is it known where the links of the archive lead.
             tar.extractall(folder, filter="data")
     except tarfile.FilterError as error:
-        raise SourceError(f"{archive} is refused: {error}") from error
+        raise ConvertError(f"{archive} is refused: {error}") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise SourceError(f"{archive} cannot be extracted: {error}") from error
+        raise ConvertError(f"{archive} cannot be extracted to {folder.parent}: {error}") from error
 
 
-@contextmanager
-def video_root(args: argparse.Namespace) -> Iterator[Path]:
-    """The folder that holds the splits. What had to be extracted is removed at the end."""
+def make_temporary_folder(tmp_dir: Path, out_dir: Path) -> Path:
+    """An empty folder, removed by CLEANUP. A killed run leaves it, and the next one finds it."""
+    key = hashlib.sha256(os.fsencode(out_dir.resolve())).hexdigest()[:16]
+    folder = tmp_dir.absolute() / f"convert_ucf101.{key}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder, out_dir)
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    CLEANUP.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def video_root(args: argparse.Namespace) -> Path:
+    """The folder that holds the splits."""
     if args.video_dir:
         # Absolute, or ffmpeg would take a colon in the first folder's name for a protocol.
-        yield args.video_dir.absolute()
-        return
+        return args.video_dir.absolute()
     archive = args.archive or download_archive()
-    args.tmp_dir.mkdir(parents=True, exist_ok=True)
-    # A fresh folder: nothing that another run left may become part of this dataset.
-    with tempfile.TemporaryDirectory(
-        prefix=f"{archive.name}.", dir=args.tmp_dir.absolute()
-    ) as temporary:
-        folder = Path(temporary)
-        extract_archive(archive, folder)
-        # The archive may have folders of its own above the splits.
-        roots = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
-        roots.sort(key=lambda path: len(path.parts))
-        yield next((root for root in roots if list_videos(root)), folder)
+    # Empty: nothing that another run left may become part of this dataset.
+    folder = make_temporary_folder(args.tmp_dir, args.out_dir)
+    extract_archive(archive, folder)
+    # The archive may have folders of its own above the splits.
+    roots = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
+    roots.sort(key=lambda path: len(path.parts))
+    return next((root for root in roots if list_videos(root)), folder)
 
 
 def list_videos(root: Path) -> list[Video]:
-    """All videos below root, in the order of the ids."""
+    """All videos below root, in the order of the ids. What is none in spite of its name fails."""
     videos: list[Video] = []
     for split in SPLITS:
         folders = [path for path in (root / split).glob("*") if path.is_dir()]
         for folder in sorted(folders, key=lambda path: path.name):
             for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix)):
-                is_video = path.suffix.lower() in SUFFIXES and path.is_file()
-                if is_video and not path.name.startswith("."):
+                if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
                     id = f"{split}-{len(videos):010d}"
                     videos.append(Video(id, split, folder.name, path))
     return videos
+
+
+def list_ignored(root: Path, videos: list[Video]) -> list[str]:
+    """A line of the summary for each file below the splits that is not one of the videos."""
+    known, lines = {video.path for video in videos}, []
+    for path in sorted(path for split in SPLITS for path in (root / split).rglob("*")):
+        name = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not (path in known or hidden or path.is_dir()):
+            misplaced = path.suffix.lower() in SUFFIXES
+            why = f"not in {name.parts[0]}/<class>/" if misplaced else "not a video suffix"
+            lines.append(f"ignored: {name}: {why}")
+    return lines
 
 
 def check_videos(videos: list[Video], root: Path) -> None:
@@ -161,12 +280,12 @@ def check_videos(videos: list[Video], root: Path) -> None:
         found = sorted(str(p.relative_to(root)) for g in ("*", "*/*") for p in root.glob(g))
         shown = ", ".join(found[:12] + ["..."] * (len(found) > 12)) or "nothing"
         shown = shown if root.is_dir() else "no such folder"
-        raise SourceError(f"no videos in {root}\nExpected: {LAYOUT}\nFound: {shown}")
+        raise ConvertError(f"no videos in {root}\nExpected: {LAYOUT}\nFound: {shown}")
     owners: dict[str, Video] = {}
     for video in videos:
         other = owners.setdefault(video.image_names(1)[0], video)
         if other is not video:
-            raise SourceError(
+            raise ConvertError(
                 f"{other.name} and {video.name} would write the same images: rename one of them"
             )
 
@@ -196,17 +315,22 @@ def count_packets(path: Path) -> int:
         return sum(packet.size > 0 for packet in container.demux(stream))
 
 
-def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], int, int]:
+def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], int, list[str]]:
     """Decode a video to its end. A damaged packet is skipped.
 
-    Returns the frames whose index is in `keep`, the number of all frames, that of skipped packets.
+    Returns the frames whose index is in `keep`, the number of all frames, and what was wrong.
     """
     frames: dict[int, av.VideoFrame] = {}
-    count = num_damaged = 0
+    count = num_packets = num_damaged = 0
     with open_video(path) as (container, stream):
-        # An empty packet ends the decoding, so one in mid-file must not reach the decoder.
-        packets = (packet for packet in container.demux(stream) if packet.size > 0)
-        for packet in chain(packets, [None]):  # None: give out the frames still held back
+        promised = stream.frames
+        if not promised and container.duration and stream.average_rate:
+            promised = round(container.duration / av.time_base * stream.average_rate)
+        for packet in chain(container.demux(stream), [None]):  # None: give out what is held back
+            num_packets += 1
+            # An empty packet ends the decoding, so one in mid-file must not reach the decoder.
+            if packet is not None and packet.size == 0:
+                continue
             try:
                 decoded = stream.codec_context.decode(packet)
             except av.FFmpegError:
@@ -216,11 +340,14 @@ def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], int, i
                 if count in keep:
                     frames[count] = frame
                 count += 1
-    return frames, count, num_damaged
+    warnings = [f"{num_damaged} damaged packets skipped"] if num_damaged else []
+    if num_packets < 0.9 * promised - GUESS_SLACK:  # what it promises is not always exact
+        warnings.append(f"cut off: about {promised} frames promised, {count} found")
+    return frames, count, warnings
 
 
-def pick_frames(path: Path, num_frames: int) -> tuple[list[av.VideoFrame], int]:
-    """The frames to save, (num_frames,), not yet RGB, and the number of damaged packets.
+def pick_frames(path: Path, num_frames: int) -> tuple[list[av.VideoFrame], str]:
+    """The frames to save, (num_frames,), not yet RGB, and what is wrong with the video, or "".
 
     Which ones they are is known only when the last one has been decoded. So their number is
     guessed, the frames for every number near the guess are kept, and only a guess that was far
@@ -229,13 +356,15 @@ def pick_frames(path: Path, num_frames: int) -> tuple[list[av.VideoFrame], int]:
     guess = count_packets(path)
     near = range(guess - GUESS_SLACK, guess + GUESS_SLACK + 1)
     keep = {i for count in near for i in frame_indices(count, num_frames)}
-    frames, count, num_damaged = decode(path, keep)
+    frames, count, warnings = decode(path, keep)
     if count == 0:
         raise ValueError("no frame can be decoded")
+    if count < num_frames:
+        warnings.append(f"frames repeat: it has {count}, fewer than {num_frames}")
     wanted = frame_indices(count, num_frames)
     if not keep.issuperset(wanted):
         frames, _, _ = decode(path, set(wanted))
-    return [frames[i] for i in wanted], num_damaged
+    return [frames[i] for i in wanted], "; ".join(warnings)
 
 
 def to_jpeg(frame: av.VideoFrame) -> bytes:
@@ -248,28 +377,86 @@ def to_jpeg(frame: av.VideoFrame) -> bytes:
     return buffer.getvalue()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: what has its final name is complete."""
-    part = path.with_name(f"{path.name}.part")
+def checksum(path: Path) -> str:
+    """SHA-256 of a video. Raises ValueError if it is empty or, as a pipe, has no end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size == 0:
+        raise ValueError("the file is empty")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def add_stamp(jpeg: bytes, stamp: dict) -> bytes:
+    """Put the stamp and a checksum of the image into a JPEG, as its comment."""
+    text = json.dumps(stamp | {"crc32": zlib.crc32(jpeg)}).encode()
+    comment = b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text
+    return jpeg[:JFIF_END] + comment + jpeg[JFIF_END:]
+
+
+def read_stamp(path: Path) -> dict | None:
+    """The stamp of an image that this script wrote and nothing has changed since, else None."""
     try:
-        part.write_bytes(data)
-        part.replace(path)
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    start = JFIF_END + 4
+    end = start - 2 + int.from_bytes(data[start - 2 : start], "big")
+    with suppress(ValueError):
+        stamp = json.loads(data[start:end])
+        if isinstance(stamp, dict) and "made_by" in stamp:
+            crc32 = zlib.crc32(data[:JFIF_END] + data[end:])
+            return stamp if stamp.pop("crc32", None) == crc32 else None
+    return None
+
+
+def write_files(files: dict[Path, bytes]) -> None:
+    """Write all under temporary names, then rename: what has its final name is complete.
+
+    Raises ConvertError.
+    """
+    names = (PART.format(f"{os.getpid()}.{i}") for i in range(len(files)))
+    parts = {path: path.with_name(name) for path, name in zip(files, names, strict=True)}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(files[path])
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as error:
+        why = f"cannot write {path}: {error.strerror}"
+        raise ConvertError(f"{why}\nWhen that is solved, the same command continues.") from error
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink()
 
 
 def convert_video(video: Video, images_dir: Path, num_frames: int) -> Outcome:
-    """Write the frames of one video. Does not raise: the other videos go on."""
+    """Write the frames of one video, unless they are all there already.
+
+    What is wrong with the video is in the outcome: the others go on. Raises ConvertError or
+    OSError if the output cannot be written.
+    """
     paths = [images_dir / name for name in video.image_names(num_frames)]
     try:
-        frames, num_damaged = pick_frames(video.path, num_frames)
-        jpegs = [to_jpeg(frame) for frame in frames]
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, jpeg in zip(paths, jpegs, strict=True):
-            write_file(path, jpeg)
-        return Outcome(num_damaged)
+        # Before the decoding: a video that changes meanwhile is not taken for done next time.
+        origin = {"made_by": MADE_BY, "video": checksum(video.path), "num_frames": num_frames}
+        found = [read_stamp(path) for path in paths]
+        warning = (found[0] or {}).get("warning")
+        if warning is not None and found == [origin | {"warning": warning}] * num_frames:
+            return Outcome(warning=warning, kept=True)
+        frames, warning = pick_frames(video.path, num_frames)
+        stamp = origin | {"warning": warning}
+        images = [add_stamp(to_jpeg(frame), stamp) for frame in frames]
     except Exception as error:
-        return Outcome(error=getattr(error, "strerror", None) or str(error) or repr(error))
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        other = getattr(error, "filename", None) not in (None, str(video.path))
+        return Outcome(f"{reason}: {error.filename}" if other else reason)
+    remove_jsonl(images_dir.parent)
+    write_files(dict(zip(paths, images, strict=True)))
+    return Outcome(warning=warning)
 
 
 # ---- All videos ----
@@ -282,58 +469,110 @@ def start_worker() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent started this process with both signals blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def convert_in_processes(
     convert: Callable[[Video], Outcome], videos: list[Video], num_workers: int
 ) -> Iterator[tuple[Video, Outcome]]:
-    """Yield the videos with their outcomes as they get done, in any order."""
-    lost = dict.fromkeys(videos)
+    """Yield the videos with their outcomes, in their order as long as no worker dies."""
     spawn = multiprocessing.get_context("spawn")  # the same on every platform
-    pool = ProcessPoolExecutor(min(num_workers, len(videos)), spawn, start_worker)
-    try:
-        futures = {}
-        with suppress(BrokenProcessPool):
-            for video in videos:
-                futures[pool.submit(convert, video)] = video
-        for future in as_completed(futures):
-            with suppress(BrokenProcessPool):
-                outcome = future.result()
-                del lost[futures[future]]
-                yield futures[future], outcome
-    finally:
-        pool.shutdown(cancel_futures=True)
+    # When this process is killed, Python's own helper clears up and would warn of it.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    batches, deaths = [videos], Counter()
+    while batches:
+        batch = batches.pop(0)
+        lost = dict.fromkeys(batch)
+        pool = ProcessPoolExecutor(min(num_workers, len(batch)), spawn, start_worker)
+        try:
+            futures = {}
+            with suppress(BrokenProcessPool), signals_blocked(), stderr_closed():
+                for video in batch:
+                    futures[video] = pool.submit(convert, video)
+            for video, future in futures.items():
+                with suppress(BrokenProcessPool):
+                    outcome = future.result()
+                    del lost[video]
+                    yield video, outcome
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    # A worker that dies (a crash in a decoder, no memory) takes the whole pool with it. Videos
-    # start in order, so it is one of the first of the lost: those get a process each.
-    if len(videos) == 1:
-        yield from ((video, Outcome(error="its worker process died")) for video in lost)
-    else:
+        # A worker that dies (a crash in a decoder, no memory) takes the whole pool with it. Videos
+        # start in order, so it is one of the first of the lost: those get a process each.
         suspects, rest = list(lost)[: 2 * num_workers], list(lost)[2 * num_workers :]
-        for batch in filter(None, [*([video] for video in suspects), rest]):
-            yield from convert_in_processes(convert, batch, num_workers)
+        if len(batch) == 1:
+            deaths.update(suspects)
+        for video in (video for video in suspects if deaths[video] == TRIES_ALONE):
+            yield video, Outcome("its worker process died")
+        again = [[video] for video in suspects if deaths[video] < TRIES_ALONE]
+        batches = [*again, *filter(None, [rest]), *batches]
 
 
 def convert_all(videos: list[Video], args: argparse.Namespace) -> dict[Video, Outcome]:
-    """Convert the videos; the outcomes have their order. A failed one keeps no files."""
+    """Convert the videos; the outcomes have their order. Raises StrictError."""
     convert = partial(convert_video, images_dir=args.out_dir / "images", num_frames=args.num_frames)
     if args.num_workers == 1:
         done = ((video, convert(video)) for video in videos)
     else:
         done = convert_in_processes(convert, videos, args.num_workers)
-    outcomes = dict(tqdm(done, total=len(videos), unit="video", disable=args.no_tqdm))
-    for video, outcome in outcomes.items():
-        if outcome.error:  # here, because a worker that dies cannot clear up
-            for name in video.image_names(args.num_frames):
-                with suppress(OSError):
-                    (args.out_dir / "images" / name).unlink()
+    outcomes = {}
+    bar = tqdm(done, total=len(videos), unit="video", disable=args.no_tqdm)
+    with closing(done), closing(bar):
+        for video, outcome in bar:
+            outcomes[video] = outcome
+            if args.strict and outcome.line(video):
+                raise StrictError(outcome.line(video))
     return {video: outcomes[video] for video in videos}
+
+
+# ---- The output folder ----
+
+
+def remove_parts(out_dir: Path) -> None:
+    """Remove what killed processes were writing."""
+    for pattern in ("", "images/*/*/"):
+        for part in out_dir.glob(pattern + PART.format("*")):
+            with suppress(OSError):
+                part.unlink()
+
+
+def take_out_dir(out_dir: Path) -> None:
+    """Make the output folder, keep other converters out of it, and clear up after a killed run."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock(out_dir.resolve(), out_dir)
+    remove_parts(out_dir)
+    CLEANUP.callback(remove_parts, out_dir)
+
+
+def remove_stale_images(outcomes: dict[Video, Outcome], args: argparse.Namespace) -> int:
+    """Remove images that this script wrote and that are not in the dataset. Returns their number.
+
+    They are of videos that fail now or are gone, or of a larger --num_frames.
+    """
+    images_dir, names = args.out_dir / "images", set()
+    for video, outcome in outcomes.items():
+        names.update(() if outcome.error else video.image_names(args.num_frames))
+    others = {path for split in SPLITS for path in images_dir.glob(f"{split}/*/*.jpg")}
+    others -= {images_dir / name for name in names}
+    stale = [path for path in others if path.is_file() and read_stamp(path)]
+    if stale:
+        remove_jsonl(args.out_dir)
+    for path in stale:
+        path.unlink()
+        with suppress(OSError):  # other files are in it
+            path.parent.rmdir()
+    return len(stale)
 
 
 def jsonl_path(out_dir: Path, split: str) -> Path:
     return out_dir / f"ucf101_{split}.jsonl"
+
+
+def remove_jsonl(out_dir: Path) -> None:
+    for split in SPLITS:
+        jsonl_path(out_dir, split).unlink(missing_ok=True)
 
 
 def write_jsonl(outcomes: dict[Video, Outcome], args: argparse.Namespace) -> None:
@@ -342,26 +581,33 @@ def write_jsonl(outcomes: dict[Video, Outcome], args: argparse.Namespace) -> Non
     user = f"Classify the video into one of the following classes: {classes}."
     lines: dict[str, list[str]] = {}
     for video, outcome in outcomes.items():
-        if outcome.error is None:
+        if not outcome.error:
             images = video.image_names(args.num_frames)
             turn = {"images": images, "user": user, "assistant": video.label}
             record = {"id": video.id, "source": "ucf101", "conversations": [turn]}
             lines.setdefault(video.split, []).append(json.dumps(record) + "\n")
-    for split, records in lines.items():
-        write_file(jsonl_path(args.out_dir, split), "".join(records).encode())
+    files = {jsonl_path(args.out_dir, split): "".join(lines[split]).encode() for split in lines}
+    paths = [jsonl_path(args.out_dir, split) for split in SPLITS]
+    if files != {path: path.read_bytes() for path in paths if path.is_file()}:
+        remove_jsonl(args.out_dir)
+        write_files(files)
 
 
-def print_summary(outcomes: dict[Video, Outcome], args: argparse.Namespace) -> None:
-    for video, (num_damaged, error) in outcomes.items():
-        if error is not None:
-            print(f"failed: {video.name}: {error}", file=sys.stderr)
-        elif num_damaged > 0:
-            print(f"warning: {video.name}: {num_damaged} damaged packets skipped", file=sys.stderr)
+def print_summary(
+    outcomes: dict[Video, Outcome], ignored: list[str], num_stale: int, args: argparse.Namespace
+) -> None:
+    lines = [outcome.line(video) for video, outcome in outcomes.items()]
+    more = [f"ignored: {len(ignored) - SHOWN} more files"] if len(ignored) > SHOWN else []
+    for line in filter(None, [*lines, *ignored[:SHOWN], *more]):
+        print(line, file=sys.stderr)
     for split in SPLITS:
         errors = [outcome.error for video, outcome in outcomes.items() if video.split == split]
-        done = errors.count(None)
+        done = errors.count("")
         counts = f"{done} videos, {done * args.num_frames} frames, {len(errors) - done} failed"
         print(f"{split}: {counts} -> {jsonl_path(args.out_dir, split) if done else 'no jsonl'}")
+    num_kept = sum(outcome.kept for outcome in outcomes.values())
+    if num_kept or num_stale:
+        print(f"Of earlier runs: {num_kept} videos kept, {num_stale} images removed")
     out_dir = shlex.quote(str(args.out_dir))
     print("Next: torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir", out_dir)
 
@@ -377,45 +623,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
-    add(
-        "--out_dir",
-        type=Path,
-        default="./ucf101",
-        help="gets images/ and jsonl (default: %(default)s)",
-    )
+    add("--out_dir", type=Path, default="./ucf101", help="the result (default: %(default)s)")
     add("--tmp_dir", type=Path, default="/tmp/ucf101", help="extract here (default: %(default)s)")
     source.add_argument(
         "--archive", type=Path, help=f"tar on disk in place of the hub's {HUB_FILE}"
     )
     source.add_argument("--video_dir", type=Path, help=f"folder with {LAYOUT}")
     add("--num_frames", type=positive_int, default=8, help="frames a video (default: %(default)s)")
-    add(
-        "--num_workers",
-        type=positive_int,
-        default=os.cpu_count(),
-        help="default: all CPUs",
-    )
+    add("--num_workers", type=positive_int, default=os.cpu_count(), help="default: all CPUs")
+    add("--strict", action="store_true", help="stop at the first bad file")
     add("--no-tqdm", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
     args = parse_args(argv)
     try:
-        with video_root(args) as root:
-            videos = list_videos(root)
-            check_videos(videos, root)
-            args.out_dir.mkdir(parents=True, exist_ok=True)
-            for split in SPLITS:  # from here to the end out_dir is not a dataset
-                jsonl_path(args.out_dir, split).unlink(missing_ok=True)
-            outcomes = convert_all(videos, args)
-            write_jsonl(outcomes, args)
-    except (SourceError, OSError) as error:
+        root = video_root(args)
+        videos = list_videos(root)
+        check_videos(videos, root)
+        ignored = list_ignored(root, videos)
+        take_out_dir(args.out_dir)
+        if args.strict and ignored:
+            raise StrictError(ignored[0])
+        outcomes = convert_all(videos, args)
+        num_stale = remove_stale_images(outcomes, args)
+        write_jsonl(outcomes, args)
+    except StrictError as error:
+        remove_jsonl(args.out_dir)
+        print(f"{error}\nStopped by --strict. The same command continues.", file=sys.stderr)
+        return 1
+    except (ConvertError, OSError) as error:
         print(f"convert_ucf101.py: error: {error}", file=sys.stderr)
         return 2
-    print_summary(outcomes, args)
+    finally:
+        with signals_blocked():
+            CLEANUP.close()
+    print_summary(outcomes, ignored, num_stale, args)
     return int(any(outcome.error for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     sys.exit(main())

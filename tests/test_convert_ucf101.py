@@ -1,13 +1,21 @@
 """convert_ucf101.py: a video dataset -> frames and jsonl."""
 
+import fcntl
+import hashlib
 import io
+import itertools
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
+from functools import partial
 from pathlib import Path
 
 import av
@@ -15,7 +23,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from av.video.frame import PictureType
-from PIL import Image
+from PIL import Image, ImageOps
 
 import convert_ucf101 as converter
 
@@ -39,6 +47,7 @@ def write_video(
             stream.options = {"b-adapt": "0", "sc_threshold": "0"}
         if path.suffix == ".avi":
             stream.codec_tag = "XVID"
+        container.start_encoding()  # or a video without frames would be no file
         for index in range(num_frames):
             grey = np.full((48, 64, 3), 20 + 4 * index, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
@@ -96,6 +105,21 @@ def main(source: str, path: Path, out_dir: Path, *args: object) -> int:
     flags = [f"--{source}", path, "--out_dir", out_dir, "--tmp_dir", out_dir.parent / "tmp"]
     flags += ["--num_workers", 1, "--no-tqdm", *args]
     return converter.main([str(flag) for flag in flags])
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")  # where nobody collects it, a process that ended stays
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 
 
 # The converter, with videos that behave as their names say. Workers import it anew.
@@ -339,21 +363,149 @@ def test_damaged_packet_is_skipped(tmp_path: Path, capsys):
     assert shown(tmp_path / "out/images/val/A/v") == [i * 23 // 8 for i in range(8)]
 
 
-def test_write_error(videos: Path, tmp_path: Path, monkeypatch, capsys):
-    """A video whose frames cannot all be written leaves none, not even under a temporary name."""
-    replace = Path.replace
+def test_bad_videos(tmp_path: Path):
+    """Every kind of bad file is named with its reason, none stops or hangs the run."""
+    folder = tmp_path / "videos/train/A"
+    whole = {
+        suffix: write_video(tmp_path / f"whole.{suffix}", 50, codec).read_bytes()
+        for suffix, codec in (("avi", "mpeg4"), ("mkv", H264), ("mp4", H264))
+    }
+    write_video(folder / "good.avi")
+    write_video(folder / "one.avi", 1)
+    write_video(folder / "zero_frames.avi", 0)
+    write_video(folder / "zero.mp4", 0)
+    for suffix, data in whole.items():
+        (folder / f"half_{suffix}.{suffix}").write_bytes(data[: len(data) // 2])
+    (folder / "empty.avi").write_bytes(b"")
+    (folder / "text.avi").write_text("no video")
+    (folder / "video.xyz").write_bytes(whole["avi"])
+    (folder.parent / "stray.avi").write_bytes(whole["avi"])
+    (folder / "folder.avi").mkdir()
+    (folder / "nowhere.avi").symlink_to("gone.avi")
+    (folder / ("long" * 62 + "abc.avi")).write_bytes(whole["avi"])
+    os.mkfifo(folder / "pipe.avi")
+    with av.open(str(folder / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
 
-    def full_disk(self: Path, target: Path) -> Path:
-        if target.name == "a1.3.jpg":
+    done = run("--video_dir", tmp_path / "videos", "--out_dir", tmp_path / "out")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    lines = [line.split(": ", 2) for line in done.stderr.splitlines()]
+    found = {Path(path).name: reason for _, path, reason in lines}
+    reasons = {
+        "audio.mp4": "no video stream",
+        "empty.avi": "the file is empty",
+        "folder.avi": "not a regular file",
+        "half_avi.avi": "cut off: about 50 frames promised",
+        "half_mkv.mkv": "cut off: about 50 frames promised",
+        "half_mp4.mp4": "Invalid data",
+        "nowhere.avi": "No such file",
+        "one.avi": "frames repeat: it has 1, fewer than 8",
+        "pipe.avi": "not a regular file",
+        "stray.avi": "not in train/<class>/",
+        "text.avi": "Invalid data",
+        "video.xyz": "not a video suffix",
+        "zero_frames.avi": "no frame can be decoded",
+        "zero.mp4": "no video stream",
+    }
+    assert "File name too long" in done.stderr
+    for name, reason in reasons.items():
+        assert reason in found[name], name
+    stems = ["good", "half_avi", "half_mkv", "one"]
+    images = [record["conversations"][0]["images"] for record in records(tmp_path / "out", "train")]
+    assert images == [[f"train/A/{stem}.{i}.jpg" for i in range(8)] for stem in stems]
+    assert len(tree(tmp_path / "out")) == 4 * 8 + 1
+    assert shown(tmp_path / "out/images/train/A/one") == [0] * 8
+
+
+def test_many_ignored_files(videos: Path, tmp_path: Path, capsys):
+    """A folder full of subtitles does not bury the summary."""
+    for i in range(30):
+        (videos / f"train/A/{i:02d}.srt").touch()
+    assert main("video_dir", videos, tmp_path / "out") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ignored: train/A/00.srt: not a video suffix"
+    assert len(lines) == 11 and lines[-1] == "ignored: 20 more files"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_strict(videos: Path, tmp_path: Path, capsys, workers: int):
+    """The first bad video stops the run; once it is repaired the same command continues."""
+    good = (videos / "train/B/b 1.avi").read_bytes()
+    (videos / "train/B/b 1.avi").write_bytes(good[:3000])
+    (videos / "test/C/c1.avi").write_bytes(b"")
+    out = tmp_path / "out"
+    flags = ("--video_dir", videos, "--out_dir", out, "--num_workers", workers)
+    done = run(*flags, "--strict")
+    assert done.returncode == 1 and not list(out.glob("*.jsonl"))
+    line, last = done.stderr.splitlines()
+    assert line.startswith("failed: train/B/b 1.avi: ") and "--strict" in last
+    assert (out / "images/train/A/a1.7.jpg").exists()
+
+    (videos / "train/B/b 1.avi").write_bytes(good)
+    assert main("video_dir", videos, out, "--strict") == 1
+    assert "failed: test/C/c1.avi: the file is empty\n" in capsys.readouterr().err
+    (videos / "test/C/c1.avi").write_bytes(good)
+    (videos / "test/C/notes.txt").touch()
+    assert main("video_dir", videos, out, "--strict") == 1
+    assert "ignored: test/C/notes.txt: not a video suffix\n" in capsys.readouterr().err
+    (videos / "test/C/notes.txt").unlink()
+    assert main("video_dir", videos, out, "--strict") == 0
+    assert main("video_dir", videos, tmp_path / "fresh") == 0
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+# ---- Full disks ----
+
+
+@pytest.mark.parametrize("call", ["write_bytes", "replace"])
+@pytest.mark.parametrize(
+    ("folder", "index", "name"), [("images/train/A", 3, "a1.3.jpg"), ("", 2, "ucf101_test.jsonl")]
+)
+def test_full_disk(videos: Path, tmp_path: Path, monkeypatch, capsys, call, folder, index, name):
+    """One message with the path, nothing half written, and the same command continues."""
+    out, original = tmp_path / "out", getattr(Path, call)
+
+    def fails(self: Path, *args):
+        if self.parent == out / folder and self.name.endswith(f".{index}.part"):
             raise OSError(28, "No space left on device")
-        return replace(self, target)
+        return original(self, *args)
 
-    monkeypatch.setattr(Path, "replace", full_disk)
-    assert main("video_dir", videos, tmp_path / "out") == 1
-    assert "failed: train/A/a1.avi: No space left on device" in capsys.readouterr().err
-    files = tree(tmp_path / "out")
-    assert not [path for path in files if "a1." in path or path.endswith(".part")]
-    assert len(files) == 4 * 8 + 3
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, fails)
+        assert main("video_dir", videos, out) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write {out / folder / name}: No space left on device\n" in error
+    interrupted = tree(out)
+    assert main("video_dir", videos, out) == 0
+    assert main("video_dir", videos, tmp_path / "fresh") == 0
+    fresh = tree(tmp_path / "fresh")
+    assert tree(out) == fresh and interrupted.items() <= fresh.items()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_writes_that_break_off(videos: Path, tmp_path: Path, workers: int):
+    """The same with the system's own error, which comes when a file is half written."""
+    out = tmp_path / "out"
+    command = [sys.executable, SCRIPT, "--video_dir", videos, "--out_dir", out, "--no-tqdm"]
+    done = subprocess.run(
+        [*command, "--num_workers", str(workers)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
+    )
+    assert done.returncode == 2 and tree(out) == {}
+    first, second = done.stderr.splitlines()
+    assert first.startswith("convert_ucf101.py: error: cannot write") and "too large" in first
+    assert "the same command continues" in second
+    assert main("video_dir", videos, out) == 0
+
+
+# ---- Workers that die ----
 
 
 def test_worker_dies(tmp_path: Path):
@@ -374,7 +526,7 @@ def test_worker_dies(tmp_path: Path):
     assert [record["id"] for record in records(tmp_path / "out", "train")] == expected
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@needs_proc
 def test_workers_end_with_a_killed_parent(tmp_path: Path):
     """A killed run leaves no processes behind, and no jsonl."""
     for name in ("sleeps1", "sleeps2"):
@@ -391,24 +543,8 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path):
     )
     parent = subprocess.Popen([sys.executable, script, *flags], stderr=subprocess.DEVNULL)
 
-    def wait_until(condition) -> None:
-        end = time.monotonic() + 60
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.05)
-        assert condition()
-
     def pids() -> list[int]:
         return [int(path.suffix[4:]) for path in (tmp_path / "videos").rglob("*.pid*")]
-
-    def is_running(pid: int) -> bool:
-        status = Path(f"/proc/{pid}/stat")
-        if status.parents[1].is_dir():  # where nobody collects it, a process that ended stays
-            return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
 
     try:
         wait_until(lambda: len(pids()) == 2)
@@ -417,6 +553,295 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path):
         parent.wait()
     wait_until(lambda: not any(is_running(pid) for pid in pids()))
     assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+# ---- To continue ----
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A folder of 16 videos that take some 0.1 s each, and beside it the same as an archive."""
+    folder = tmp_path_factory.mktemp("source")
+    pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    for count in (9, 20):
+        with av.open(str(folder / f"{count}.avi"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
+            for i in range(count):
+                frame = av.VideoFrame.from_ndarray(np.roll(pixels, i, axis=1))
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        for split, label in itertools.product(("train", "test"), ("A", "B")):
+            (folder / "videos" / split / label).mkdir(parents=True, exist_ok=True)
+            for copy in ("x", "y"):
+                name = f"{copy}{count}.avi"
+                shutil.copy(folder / f"{count}.avi", folder / "videos" / split / label / name)
+    with tarfile.open(folder / "videos.tar", "w") as tar:
+        tar.add(folder / "videos", "UCF101_subset")
+    assert main("video_dir", folder / "videos", folder / "expected") == 0
+    return folder
+
+
+def start(source: Path, tmp_path: Path, kind: str, workers: int) -> subprocess.Popen:
+    """The converter at work, in a process group of its own."""
+    command = [sys.executable, SCRIPT, "--out_dir", tmp_path / "out", "--tmp_dir", tmp_path / "tmp"]
+    command += ["--num_workers", str(workers), "--no-tqdm", f"--{kind}"]
+    command += [source / ("videos.tar" if kind == "archive" else "videos")]
+    # Where this test runs in the background of a shell, its processes would ignore Ctrl-C.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        command, text=True, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listen
+    )
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a converter. Linux only."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(i) for i in children if b"spawn_main" in Path(f"/proc/{i}/cmdline").read_bytes()]
+
+
+def check_interrupted(out: Path, expected: dict[str, bytes]) -> None:
+    """What has its final name is complete, and a jsonl is there only when all else is."""
+    found = {path: data for path, data in tree(out).items() if not path.endswith(".part")}
+    assert found.items() <= expected.items()
+    assert not list(out.glob("*.jsonl")) or len(found) >= len(expected) - 1
+
+
+@needs_proc
+@pytest.mark.parametrize(("kind", "workers"), [("archive", 1), ("archive", 2), ("video_dir", 2)])
+def test_killed_at_any_moment(source: Path, tmp_path: Path, kind: str, workers: int):
+    """Killed three times, in three ways: the result is that of a run in peace, to the last byte."""
+    random_moment = random.Random(f"{kind} {workers}").uniform
+    expected = tree(source / "expected")
+    for kill in (os.kill, os.killpg, os.kill):
+        process = start(source, tmp_path, kind, workers)
+        time.sleep(random_moment(0.1, 1.5))
+        number = signal.SIGTERM if kill is os.killpg else signal.SIGKILL
+        kill(process.pid, number)
+        _, error = process.communicate(timeout=60)
+        assert "Traceback" not in error and process.returncode in (0, -9, -15, 143)
+        check_interrupted(tmp_path / "out", expected)
+    process = start(source, tmp_path, kind, workers)
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
+    assert tree(tmp_path / "out") == expected
+    assert not (tmp_path / "tmp").exists() or not list((tmp_path / "tmp").iterdir())
+
+
+@needs_proc
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signals(source: Path, tmp_path: Path, number: signal.Signals, workers: int):
+    """Ctrl-C and SIGTERM leave no process and no temporary file, and print one line."""
+    out = tmp_path / "out"
+    process = start(source, tmp_path, "archive", workers)
+    wait_until(lambda: list(out.rglob("*.0.jpg")))
+    assert list((tmp_path / "tmp").iterdir())
+    pids = workers_of(process.pid)
+    assert len(pids) == (workers if workers > 1 else 0)
+    kill = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the workers, too
+    kill(process.pid, number)
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    line = f"convert_ucf101.py: stopped by {number.name}; the same command continues\n"
+    assert error == line
+    assert not any(map(is_running, pids))
+    assert not list((tmp_path / "tmp").iterdir()) and not list(out.rglob("*.part"))
+    check_interrupted(out, tree(source / "expected"))
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.1, 0.2])
+def test_stop_while_starting(source: Path, tmp_path: Path, delay: float):
+    """Ctrl-C in the first moments, while modules are loaded, is no traceback either."""
+    process = start(source, tmp_path, "video_dir", 2)
+    wait_until(lambda: Path(f"/proc/{process.pid}/maps").read_text().count("fcntl") > 0)
+    time.sleep(delay - 0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.count("\n") == 1 and "continues" in error
+
+
+@needs_proc
+def test_killed_worker(source: Path, tmp_path: Path):
+    """A worker that is killed costs nothing but time."""
+    process = start(source, tmp_path, "video_dir", 2)
+    wait_until(lambda: list((tmp_path / "out").rglob("*.0.jpg")))
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert tree(tmp_path / "out") == tree(source / "expected")
+
+
+@needs_proc
+def test_continues(source: Path, tmp_path: Path):
+    """What a killed run completed is neither decoded nor written again; its leavings are gone."""
+    out = tmp_path / "out"
+    process = start(source, tmp_path, "archive", 2)
+    wait_until(lambda: len(list(out.rglob("*.7.jpg"))) >= 5)
+    process.kill()
+    process.communicate()
+    (left,) = (tmp_path / "tmp").iterdir()
+    (left / "train/A").mkdir(parents=True)
+    (left / "train/A/left.avi").touch()
+    (out / "images/train/A/.convert_ucf101.1.2.part").write_bytes(b"\xff\xd8")
+    whole = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
+    done = [p for p in whole if p.name.endswith(".7.jpg")]
+    flags = ("--archive", source / "videos.tar", "--out_dir", out, "--tmp_dir", tmp_path / "tmp")
+    second = run(*flags)
+    assert second.returncode == 0 and f"{len(done)} videos kept" in second.stdout
+    for path in done:
+        assert path.stat().st_mtime_ns == whole[path]
+    assert tree(out) == tree(source / "expected")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_all_done(videos: Path, tmp_path: Path, monkeypatch, capsys):
+    """A second run touches no file and decodes nothing; its warnings are those of the first."""
+    out = tmp_path / "out"
+    write_video(videos / "train/A/short.avi", 3)
+    assert main("video_dir", videos, out) == 0
+    first = capsys.readouterr()
+    files = {path: path.stat() for path in out.rglob("*")}
+    monkeypatch.setattr(converter, "open_video", None)
+    assert main("video_dir", videos, out) == 0
+    second = capsys.readouterr()
+    assert first.err == second.err and "short.avi: frames repeat" in second.err
+    assert "6 videos kept, 0 images removed" in second.out
+    changed = [path for path, old in files.items() if path.stat().st_mtime_ns != old.st_mtime_ns]
+    assert not changed
+
+
+def edit_image(path: Path) -> None:
+    image = Image.open(path)
+    ImageOps.invert(image).save(path, comment=image.info["comment"])
+
+
+STALE = {
+    "image deleted": lambda videos, out: (out / "images/train/A/a1.3.jpg").unlink(),
+    "image torn": lambda videos, out: os.truncate(out / "images/train/A/a1.3.jpg", 500),
+    "image empty": lambda videos, out: os.truncate(out / "images/train/A/a1.0.jpg", 0),
+    "image edited": lambda videos, out: edit_image(out / "images/train/A/a1.0.jpg"),
+    "image of another": lambda videos, out: shutil.copy(
+        out / "images/train/B/b 1.0.jpg", out / "images/train/A/a1.0.jpg"
+    ),
+    "image not ours": lambda videos, out: (out / "images/train/A/a1.0.jpg").write_bytes(
+        b"\xff" * 400
+    ),
+    "video changed": lambda videos, out: write_video(videos / "train/A/a1.avi", 20),
+}
+
+
+@pytest.mark.parametrize("kind", STALE)
+def test_stale_images(videos: Path, tmp_path: Path, monkeypatch, kind: str):
+    """What does not fit is made anew, and only that; the result is that of a fresh run."""
+    out = tmp_path / "out"
+    write_video(videos / "train/B/b 1.avi", 30)
+    assert main("video_dir", videos, out) == 0
+    STALE[kind](videos, out)
+    pick_frames, picked_paths = converter.pick_frames, []
+    monkeypatch.setattr(
+        converter,
+        "pick_frames",
+        lambda path, num_frames: picked_paths.append(path) or pick_frames(path, num_frames),
+    )
+    assert main("video_dir", videos, out) == 0
+    assert picked_paths == [videos / "train/A/a1.avi"]
+    assert main("video_dir", videos, tmp_path / "fresh") == 0
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+def test_other_settings(videos: Path, tmp_path: Path, monkeypatch):
+    """Frames of another --num_frames or another version are never mixed with those of this run."""
+    out = tmp_path / "out"
+    assert main("video_dir", videos, out, "--num_frames", 12) == 0
+    assert main("video_dir", videos, out) == 0
+    assert main("video_dir", videos, tmp_path / "fresh") == 0
+    assert tree(out) == tree(tmp_path / "fresh")
+    monkeypatch.setattr(converter, "MADE_BY", "convert_ucf101 next")
+    assert main("video_dir", videos, out) == 0
+    assert all(b"convert_ucf101 next" in data for data in tree(out / "images").values())
+
+
+def test_no_jsonl_while_images_change(videos: Path, tmp_path: Path, monkeypatch):
+    """The jsonl goes before the first image does, and stays if none does."""
+    out = tmp_path / "out"
+    assert main("video_dir", videos, out) == 0
+    write_files = converter.write_files
+
+    def look(files: dict[Path, bytes]) -> None:
+        assert not list(out.glob("*.jsonl"))
+        write_files(files)
+
+    monkeypatch.setattr(converter, "write_files", look)
+    write_video(videos / "test/C/c1.avi", 20)
+    assert main("video_dir", videos, out) == 0
+    shutil.rmtree(videos / "test/C")
+    assert main("video_dir", videos, out) == 0
+
+
+def test_videos_that_are_gone(videos: Path, tmp_path: Path, capsys):
+    """Images of videos that are gone are removed, but only those that the converter wrote."""
+    out = tmp_path / "out"
+    assert main("video_dir", videos, out) == 0
+    own = out / "images/test/C/own.0.jpg"
+    Image.new("RGB", (8, 8)).save(own, comment=b'{"made_by": "me"}')
+    (out / "images/test/C/notes.txt").touch()
+    edit_image(out / "images/test/C/c1.5.jpg")
+    shutil.rmtree(videos / "test/C")
+    shutil.rmtree(videos / "val")
+    assert main("video_dir", videos, out) == 0
+    assert "3 videos kept, 15 images removed" in capsys.readouterr().out
+    assert main("video_dir", videos, tmp_path / "fresh") == 0
+    names = ("own.0.jpg", "notes.txt", "c1.5.jpg")
+    kept = {f"images/test/C/{name}" for name in names}
+    assert tree(out).keys() - tree(tmp_path / "fresh").keys() == kept
+    assert not (out / "images/val/A").exists()
+
+
+def test_stamp(videos: Path, tmp_path: Path):
+    """The comment of an image says where it is from, and changes no pixel."""
+    assert main("video_dir", videos, tmp_path / "out") == 0
+    path = tmp_path / "out/images/train/A/a1.0.jpg"
+    stamp = json.loads(Image.open(path).info["comment"])
+    video = hashlib.sha256((videos / "train/A/a1.avi").read_bytes()).hexdigest()
+    assert stamp["video"] == video and stamp["num_frames"] == 8 and stamp["warning"] == ""
+    frames, _ = converter.pick_frames(videos / "train/A/a1.avi", 8)
+    jpeg = converter.to_jpeg(frames[0])
+    assert stamp["crc32"] == zlib.crc32(jpeg)
+    assert np.array_equal(Image.open(path), Image.open(io.BytesIO(jpeg)))
+
+
+@pytest.mark.parametrize("source", ["video_dir", "archive"])
+def test_two_converters(videos: Path, tmp_path: Path, capsys, source: str):
+    """A second converter for the same folder stops at once and touches nothing."""
+    with tarfile.open(tmp_path / "videos.tar", "w") as tar:
+        tar.add(videos, "UCF101_subset")
+    path = videos if source == "video_dir" else tmp_path / "videos.tar"
+    out = tmp_path / "out"
+    part = out / ".convert_ucf101.1.0.part"
+    out.mkdir()
+    part.touch()
+    file = os.open(out, os.O_RDONLY)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    assert main(source, path, out) == 2
+    assert f"another convert_ucf101.py is writing to {out}" in capsys.readouterr().err
+    assert list(tree(out)) == [part.name]
+    os.close(file)
+    assert main(source, path, out) == 0
+    assert not part.exists()
+
+
+def test_links(videos: Path, tmp_path: Path, capsys):
+    """The output folder may be a link. The temporary one may not: its target would be emptied."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    with tarfile.open(tmp_path / "videos.tar", "w") as tar:
+        tar.add(videos, "UCF101_subset")
+    assert main("archive", tmp_path / "videos.tar", tmp_path / "out") == 0
+    key = hashlib.sha256(os.fsencode(tmp_path / "real")).hexdigest()[:16]
+    (tmp_path / f"tmp/convert_ucf101.{key}.tmp").symlink_to(videos)
+    before = tree(tmp_path)
+    assert main("archive", tmp_path / "videos.tar", tmp_path / "out") == 2
+    assert "Too many levels of symbolic links" in capsys.readouterr().err
+    assert tree(tmp_path) == before
 
 
 # ---- Sources ----
@@ -541,6 +966,19 @@ def test_broken_archive(videos: Path, tmp_path: Path, capsys, mode: str, damage:
     assert main("archive", archive, tmp_path / "out") == 2
     assert f"{archive} cannot be extracted" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and tree(tmp_path / "tmp") == {}
+
+
+def test_damaged_header(videos: Path, tmp_path: Path, capsys):
+    """A header that is damaged ends no archive early."""
+    archive = tmp_path / "videos.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(videos, "UCF101_subset")
+        offset = tar.getmembers()[-1].offset
+    data = bytearray(archive.read_bytes())
+    data[offset : offset + 8] = b"\xff" * 8
+    archive.write_bytes(data)
+    assert main("archive", archive, tmp_path / "out") == 2
+    assert f"{archive} cannot be extracted" in capsys.readouterr().err
 
 
 def test_missing_split(videos: Path, tmp_path: Path, capsys):
