@@ -1,13 +1,25 @@
-# make demo   the whole recipe on a CPU, offline, in a few minutes
-# make test   lint and all tests
-# Both make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
+# make demo                 the whole UCF-101 recipe on a CPU, offline, in a few minutes
+# make demo-docvqa          the same for DocVQA,
+# make demo-hateful-memes   for Hateful Memes
+# make demo-nlvr2           and for NLVR2
+# make test                 lint and all tests
+# All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
+
+demo-docvqa: .venv/installed
+	$(BIN)/python -m demo.run docvqa --work_dir demo_output
+
+demo-hateful-memes: .venv/installed
+	$(BIN)/python -m demo.run hateful_memes --work_dir demo_output
+
+demo-nlvr2: .venv/installed
+	$(BIN)/python -m demo.run nlvr2 --work_dir demo_output
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -26,9 +26,13 @@ import random
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint
 from phi3v.collators import TrainingCollator
-from phi3v.conversations import ConversationError, check_record
+from phi3v.conversations import check_record
+from phi3v.errors import ConversationError, keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.failures import LossWatch
+from phi3v.images import check_images
 from phi3v.metrics import anls
 from phi3v.packing import fit_lengths
 from phi3v.sources import (
@@ -45,7 +49,6 @@ from phi3v.training import (
     make_training_arguments,
     save_model,
     set_learning_rates,
-    stop,
 )
 
 MINI = "nielsr/docvqa_1200_examples"
@@ -74,11 +77,11 @@ def load_dataset(args, name_or_path: str, split: str) -> Records:
     """Rows of either layout, told apart by their columns."""
     rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split)
     if "texts" in rows.column_names:
-        return cauldron_records(rows, "docvqa")
-    return from_examples(rows, args.seed)
+        return cauldron_records(rows, "docvqa", skip_bad=args.skip_bad_samples)
+    return from_examples(rows, args.seed, args.skip_bad_samples)
 
 
-def from_examples(rows, seed: int) -> Records:
+def from_examples(rows, seed: int, skip_bad: bool) -> Records:
     """Columns image, query {"en"}, answers: one of the answers is the target, drawn by the seed."""
 
     texts = rows.remove_columns("image")
@@ -86,8 +89,10 @@ def from_examples(rows, seed: int) -> Records:
     def make(index: int, images: list) -> dict:
         row = texts[index]
         where, identifier = f"DocVQA row {index}", f"docvqa-{row.get('id', index)}"
-        if not row["answers"]:
-            raise ConversationError(f"{where} has no answers.")
+        if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
+            raise ConversationError(f"{where}: answers must be texts, at least one.")
+        if not (row["query"] or {}).get("en"):
+            raise ConversationError(f"{where}: query has no text `en`.")
         turn = {
             "images": images,
             "user": f"{row['query']['en']}\nAnswer briefly.",
@@ -97,9 +102,8 @@ def from_examples(rows, seed: int) -> Records:
         return {**check_record(record, where), "answers": row["answers"]}
 
     # All texts are checked before the work starts; images are read when their record is.
-    for index in range(len(rows)):
-        make(index, [])
-    return Records(range(len(rows)), lambda index: make(index, [rows[index]["image"]]))
+    good = keep_good(range(len(rows)), lambda index: make(index, []), "DocVQA", skip_bad)
+    return Records(good, lambda index: make(index, [rows[index]["image"]]))
 
 
 def metrics(results: list[Result]) -> dict[str, float]:
@@ -111,22 +115,26 @@ def main():
     training_args = make_training_arguments(args)
 
     # Data before the model: a mistake in it should not cost the loading.
-    try:
-        train_source = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
-        train_dataset = load_dataset(args, train_source, "train")
-        eval_dataset = load_dataset(args, args.eval_dataset_name_or_path, "test")
-        processor = load_processor(args)
-        train_dataset = fit_lengths(train_dataset, processor, args)
-    except ConversationError as error:
-        stop(error)
+    train_source = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
+    train_dataset = load_dataset(args, train_source, "train")
+    eval_dataset = load_dataset(args, args.eval_dataset_name_or_path, "test")
+    processor = load_processor(args)
+    train_dataset = check_images(train_dataset, "training data", processor, args)
+    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
+    train_dataset = fit_lengths(train_dataset, processor, args)
+    checkpoint = find_checkpoint(args, train_dataset)
 
     model = load_model(args, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=TrainingCollator(processor),
+        data_collator=TrainingCollator(processor, with_ids=True),
         train_dataset=train_dataset,
-        callbacks=[ThroughputCallback()],
+        callbacks=[
+            ThroughputCallback(),
+            LossWatch(),
+            CheckpointCallback(args, processor, train_dataset),
+        ],
     )
     set_learning_rates(trainer, args)
 
@@ -135,10 +143,11 @@ def main():
 
     trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation))
 
-    run_evaluation("eval_before.json")
+    if checkpoint is None:
+        run_evaluation("eval_before.json")
     if args.eval_only:
         return
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor, args)
     run_evaluation("eval_after.json")
 

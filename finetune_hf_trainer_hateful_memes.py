@@ -27,9 +27,13 @@ from pathlib import Path
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint
 from phi3v.collators import TrainingCollator
-from phi3v.conversations import ConversationError, check_record
+from phi3v.conversations import ImageFolder, check_record
+from phi3v.errors import keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.failures import LossWatch
+from phi3v.images import check_images
 from phi3v.metrics import accuracy, auroc
 from phi3v.packing import fit_lengths
 from phi3v.sources import (
@@ -48,7 +52,6 @@ from phi3v.training import (
     make_training_arguments,
     save_model,
     set_learning_rates,
-    stop,
 )
 
 YES, NO = "Yes", "No"
@@ -78,34 +81,33 @@ def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     folder = Path(args.dataset_name_or_path)
     if (folder / "train.jsonl").is_file():
-        return challenge_records(folder, "train.jsonl"), challenge_records(folder, args.eval_file)
+        names = ("train.jsonl", args.eval_file)
+        return tuple(challenge_records(folder, name, args.skip_bad_samples) for name in names)
     rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "hateful_memes")
     train, evaluation = split_rows(rows, args.num_eval_rows)
     return (
-        cauldron_records(rows, "hateful_memes", train),
-        cauldron_records(rows, "hateful_memes", evaluation),
+        cauldron_records(rows, "hateful_memes", train, args.skip_bad_samples),
+        cauldron_records(rows, "hateful_memes", evaluation, args.skip_bad_samples),
     )
 
 
-def challenge_records(folder: Path, name: str) -> Records:
+def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
     """The challenge's json lines: id, img (a path in the folder), text, label (1 is hateful)."""
-    keys = read_fields(folder / name, {"id", "img", "text", "label"})
+    fields = {"id": (int, str), "img": str, "text": str, "label": int}
+    keys = read_fields(folder / name, fields, "id", skip_bad)
+    images = ImageFolder(folder)
 
     def make(key: tuple[str, dict]) -> dict:
         where, meme = key
         turn = {
-            "images": [str(folder / meme["img"])],
+            "images": [images.find(meme["img"], f"{where}: img")],
             "user": QUESTION.format(text=meme["text"]),
             "assistant": YES if meme["label"] else NO,
         }
         record = {"id": str(meme["id"]), "source": "hateful_memes", "conversations": [turn]}
         return check_record(record, where)
 
-    for where, meme in keys:
-        if not (folder / meme["img"]).is_file():
-            raise ConversationError(f"{where}: img {meme['img']!r} is not a file in {folder}.")
-        make((where, meme))
-    return Records(keys, make)
+    return Records(keep_good(keys, make, str(folder / name), skip_bad), make)
 
 
 def metrics(results: list[Result]) -> dict[str, float]:
@@ -121,20 +123,24 @@ def main():
     training_args = make_training_arguments(args)
 
     # Data before the model: a mistake in it should not cost the loading.
-    try:
-        train_dataset, eval_dataset = load_datasets(args)
-        processor = load_processor(args)
-        train_dataset = fit_lengths(train_dataset, processor, args)
-    except ConversationError as error:
-        stop(error)
+    train_dataset, eval_dataset = load_datasets(args)
+    processor = load_processor(args)
+    train_dataset = check_images(train_dataset, "training data", processor, args)
+    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
+    train_dataset = fit_lengths(train_dataset, processor, args)
+    checkpoint = find_checkpoint(args, train_dataset)
 
     model = load_model(args, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=TrainingCollator(processor),
+        data_collator=TrainingCollator(processor, with_ids=True),
         train_dataset=train_dataset,
-        callbacks=[ThroughputCallback()],
+        callbacks=[
+            ThroughputCallback(),
+            LossWatch(),
+            CheckpointCallback(args, processor, train_dataset),
+        ],
     )
     set_learning_rates(trainer, args)
 
@@ -143,10 +149,11 @@ def main():
 
     trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation))
 
-    run_evaluation("eval_before.json")
+    if checkpoint is None:
+        run_evaluation("eval_before.json")
     if args.eval_only:
         return
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor, args)
     run_evaluation("eval_after.json")
 

@@ -20,13 +20,16 @@ generated text.
 
 from pathlib import Path
 
-from pyarrow.compute import list_value_length
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint
 from phi3v.collators import TrainingCollator
-from phi3v.conversations import ConversationError, check_record
+from phi3v.conversations import check_record
+from phi3v.errors import ConversationError, keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.failures import LossWatch
+from phi3v.images import check_images
 from phi3v.metrics import accuracy
 from phi3v.packing import fit_lengths
 from phi3v.sources import (
@@ -34,6 +37,7 @@ from phi3v.sources import (
     CAULDRON_COLUMNS,
     Records,
     cauldron_records,
+    image_counts,
     load_rows,
     read_fields,
     split_rows,
@@ -45,7 +49,6 @@ from phi3v.training import (
     make_training_arguments,
     save_model,
     set_learning_rates,
-    stop,
 )
 
 # For the official files, which hold bare statements.
@@ -76,45 +79,47 @@ def load_datasets(args) -> tuple[Records, Records]:
     if (folder / "train.json").is_file():
         images = {path.name: str(path) for path in folder.rglob("*-img[01].png")}
         names = ("train.json", args.eval_file)
-        return tuple(official_records(folder / name, images) for name in names)
+        return tuple(official_records(folder / name, images, args) for name in names)
     rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "nlvr2")
-    # Only the lists' lengths are read, not the images.
-    for index, count in enumerate(list_value_length(rows.data.column("images")).to_pylist()):
+    for index, count in enumerate(image_counts(rows)):
         if count != 2:
             raise ConversationError(
                 f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two."
             )
     train, evaluation = split_rows(rows, args.num_eval_rows)
-    return cauldron_records(rows, "nlvr2", train), cauldron_records(rows, "nlvr2", evaluation)
+    return tuple(
+        cauldron_records(rows, "nlvr2", indices, args.skip_bad_samples)
+        for indices in (train, evaluation)
+    )
 
 
-def official_records(path: Path, images: dict[str, str]) -> Records:
+def official_records(path: Path, images: dict[str, str], args) -> Records:
     """
     The official json lines: sentence, label ("True" or "False"), identifier.
 
     An identifier is <split>-<set>-<pair>-<sentence>; its images are <split>-<set>-<pair>-img0.png
     and -img1.png.
     """
-    keys = read_fields(path, {"sentence", "label", "identifier"})
+    fields = {"sentence": str, "label": (str, bool), "identifier": str}
+    keys = read_fields(path, fields, "identifier", args.skip_bad_samples)
 
     def image_names(identifier: str) -> list[str]:
         return [f"{identifier.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1)]
 
     def make(key: tuple[str, dict]) -> dict:
         where, row = key
+        names = image_names(row["identifier"])
+        if missing := [name for name in names if name not in images]:
+            raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}.")
         turn = {
-            "images": [images[name] for name in image_names(row["identifier"])],
+            "images": [images[name] for name in names],
             "user": QUESTION.format(sentence=row["sentence"]),
             "assistant": str(row["label"]),
         }
         record = {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
         return check_record(record, where)
 
-    for where, row in keys:
-        if missing := [name for name in image_names(row["identifier"]) if name not in images]:
-            raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}.")
-        make((where, row))
-    return Records(keys, make)
+    return Records(keep_good(keys, make, str(path), args.skip_bad_samples), make)
 
 
 def metrics(results: list[Result]) -> dict[str, float]:
@@ -126,20 +131,24 @@ def main():
     training_args = make_training_arguments(args)
 
     # Data before the model: a mistake in it should not cost the loading.
-    try:
-        train_dataset, eval_dataset = load_datasets(args)
-        processor = load_processor(args)
-        train_dataset = fit_lengths(train_dataset, processor, args)
-    except ConversationError as error:
-        stop(error)
+    train_dataset, eval_dataset = load_datasets(args)
+    processor = load_processor(args)
+    train_dataset = check_images(train_dataset, "training data", processor, args)
+    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
+    train_dataset = fit_lengths(train_dataset, processor, args)
+    checkpoint = find_checkpoint(args, train_dataset)
 
     model = load_model(args, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=TrainingCollator(processor),
+        data_collator=TrainingCollator(processor, with_ids=True),
         train_dataset=train_dataset,
-        callbacks=[ThroughputCallback()],
+        callbacks=[
+            ThroughputCallback(),
+            LossWatch(),
+            CheckpointCallback(args, processor, train_dataset),
+        ],
     )
     set_learning_rates(trainer, args)
 
@@ -148,10 +157,11 @@ def main():
 
     trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation))
 
-    run_evaluation("eval_before.json")
+    if checkpoint is None:
+        run_evaluation("eval_before.json")
     if args.eval_only:
         return
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor, args)
     run_evaluation("eval_after.json")
 

@@ -32,9 +32,12 @@ from pathlib import Path
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint
 from phi3v.collators import TrainingCollator
-from phi3v.conversations import ConversationError, load_conversations
+from phi3v.conversations import load_conversations
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.failures import LossWatch
+from phi3v.images import check_images
 from phi3v.metrics import accuracy
 from phi3v.packing import fit_lengths
 from phi3v.training import (
@@ -44,7 +47,6 @@ from phi3v.training import (
     make_training_arguments,
     save_model,
     set_learning_rates,
-    stop,
 )
 
 
@@ -59,11 +61,14 @@ def get_arguments():
     return parse_arguments(parser)
 
 
-def load_split(data_dir: str, split: str):
+def load_split(args, split: str):
     """
     A split of the converted dataset: conversations of one turn, a video's frames and its class.
     """
-    return load_conversations(Path(data_dir) / f"ucf101_{split}.jsonl", Path(data_dir) / "images")
+    folder = Path(args.data_dir)
+    return load_conversations(
+        folder / f"ucf101_{split}.jsonl", folder / "images", args.skip_bad_samples
+    )
 
 
 def metrics(results: list[Result]) -> dict[str, float]:
@@ -75,21 +80,25 @@ def main():
     training_args = make_training_arguments(args)
 
     # Data before the model: a mistake in it should not cost the loading.
-    try:
-        train_dataset = load_split(args.data_dir, "train")
-        eval_dataset = load_split(args.data_dir, args.eval_split)
-        processor = load_processor(args)
-        train_dataset = fit_lengths(train_dataset, processor, args)
-    except ConversationError as error:
-        stop(error)
+    train_dataset = load_split(args, "train")
+    eval_dataset = load_split(args, args.eval_split)
+    processor = load_processor(args)
+    train_dataset = check_images(train_dataset, "training data", processor, args)
+    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
+    train_dataset = fit_lengths(train_dataset, processor, args)
+    checkpoint = find_checkpoint(args, train_dataset)
 
     model = load_model(args, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=TrainingCollator(processor),
+        data_collator=TrainingCollator(processor, with_ids=True),
         train_dataset=train_dataset,
-        callbacks=[ThroughputCallback()],
+        callbacks=[
+            ThroughputCallback(),
+            LossWatch(),
+            CheckpointCallback(args, processor, train_dataset),
+        ],
     )
     set_learning_rates(trainer, args)
 
@@ -98,10 +107,11 @@ def main():
 
     trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation))
 
-    run_evaluation("eval_before.json")
+    if checkpoint is None:
+        run_evaluation("eval_before.json")
     if args.eval_only:
         return
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor, args)
     run_evaluation("eval_after.json")
 

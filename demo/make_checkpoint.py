@@ -5,7 +5,7 @@
 It has every part of the real one (config, weights, generation settings, processor, tokenizer with
 the chat template) and about 0.6 million parameters, so it trains on a CPU in minutes. The tokenizer
 is made here too: it treats special tokens, spaces and unknown characters as the real one does, and
-knows the demo's class names as whole words.
+knows the words of the demos' questions and answers as whole words.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from tokenizers import (
 )
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
+from demo.make_datasets import NUMBER_WORDS
 from demo.make_videos import CLASSES, FRAME_SIZE
 from phi3v.configuration_phi3_v import Phi3VConfig
 from phi3v.image_processing_phi3_v import Phi3VImageProcessor
@@ -32,7 +33,15 @@ from phi3v.modeling_phi3_v import Phi3VForCausalLM
 from phi3v.processing_phi3_v import Phi3VProcessor
 
 # What becomes whole words in the vocabulary. Every other text falls into characters and bytes.
-WORDS = (*CLASSES, "Classify the video into one of the following classes")
+WORDS = (
+    *CLASSES,
+    "Classify the video into one of the following classes",
+    *NUMBER_WORDS,
+    "Which digit is at the top bottom Answer briefly",
+    "A flower goes with zero and a temple goes with one Is this meme right Yes No",
+    "Both pictures show a flower Exactly one picture shows The left right",
+    "Is this true or false True False",
+)
 
 # Special token -> whether it eats the white space that follows it. All as in the real tokenizer.
 SPECIAL_TOKENS = {

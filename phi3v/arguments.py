@@ -89,6 +89,12 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         help="let short samples share a row of at most so many tokens, without padding and without "
         "seeing each other; a batch then counts rows",
     )
+    group.add_argument(
+        "--skip_bad_samples",
+        action="store_true",
+        help="go on without samples that are wrong or whose images cannot be read, and say which; "
+        "without it, the first one ends the run",
+    )
     group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")
     group.add_argument(
@@ -111,6 +117,26 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         "--dataloader_num_workers",
         type=int,
         help="processes per GPU that prepare batches (default: 4, and 0 on a machine without GPU)",
+    )
+    group.add_argument(
+        "--save_steps",
+        type=int,
+        help="save a checkpoint every so many steps, from which the run can be resumed (default: "
+        "none but at SIGTERM)",
+    )
+    group.add_argument("--save_total_limit", type=int, default=2, help="newest checkpoints to keep")
+    group.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="go on from this checkpoint; without PATH, from the newest complete one in the output "
+        "folder, or anew where there is none",
+    )
+    group.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="replace the results and checkpoints that the output folder holds",
     )
     group.add_argument(
         "--no-tqdm", dest="tqdm", action="store_false", default=True, help="no progress bars"
@@ -158,11 +184,12 @@ def parse_arguments(
         "batch_size_per_gpu",
         "eval_batch_size_per_gpu",
         "max_new_tokens",
+        "save_total_limit",
         "lora_rank",
     ):
         if getattr(args, flag) < 1:
             refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
-    for flag in ("max_length", "pack_length", "eval_steps"):
+    for flag in ("max_length", "pack_length", "eval_steps", "save_steps"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
     per_step = world_size * args.batch_size_per_gpu
@@ -173,6 +200,10 @@ def parse_arguments(
         )
     if args.num_train_epochs <= 0:
         refuse(f"--num_train_epochs must be above 0, not {args.num_train_epochs}.")
+    if args.resume_from_checkpoint is not None:
+        for flag in ("eval_only", "overwrite_output_dir"):
+            if getattr(args, flag):
+                refuse(f"--{flag} and --resume_from_checkpoint contradict each other.")
     if args.merge_lora and not args.use_lora:
         refuse("--merge_lora needs --use_lora or --use_qlora: without adapters, nothing is merged.")
     for flag in ("vision_learning_rate", "projector_learning_rate"):
@@ -180,6 +211,12 @@ def parse_arguments(
             refuse(
                 f"--{flag} has nothing to train under --freeze_vision_model. Give one of the two."
             )
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and 0 < torch.cuda.device_count() < on_node:
+        refuse(
+            f"{on_node} processes were started and {torch.cuda.device_count()} GPUs are visible. "
+            f"Start torchrun with --nproc_per_node={torch.cuda.device_count()}."
+        )
     if args.use_flash_attention and not torch.cuda.is_available():
         refuse("--use_flash_attention needs a GPU, and none is visible. Without it, sdpa is used.")
     if args.use_flash_attention and not is_flash_attn_2_available():
@@ -187,9 +224,15 @@ def parse_arguments(
             "--use_flash_attention needs the package flash-attn: pip install flash-attn "
             "--no-build-isolation. Without the flag, sdpa is used."
         )
-    if args.bf16 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if args.bf16 and capability and capability < (8, 0):
         refuse(
             f"--bf16 needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}. Leave away "
             "--bf16 and --use_flash_attention: fp16 mixed precision is the default."
+        )
+    if args.use_qlora and capability and capability < (7, 5):
+        refuse(
+            f"--use_qlora needs a Turing GPU or newer, not {torch.cuda.get_device_name()}. Use "
+            "--use_lora."
         )
     return args

@@ -31,10 +31,13 @@ class TrainingCollator:
             <|endoftext|>, which is the padding token as well, is attended to.
         `pixel_values`: (n, num_crops + 1, 3, 336, 336) and `image_sizes`: (n, 2) of all records'
             images, if there are any.
+        `ids`: those of the records, where `with_ids` is set; `LossWatch` takes them out again
+            before the model is called.
     """
 
-    def __init__(self, processor: Phi3VProcessor):
+    def __init__(self, processor: Phi3VProcessor, with_ids: bool = False):
         self.processor = processor
+        self.with_ids = with_ids
         self.assistant, self.user = processor.tokenizer.convert_tokens_to_ids(
             ["<|assistant|>", "<|user|>"]
         )
@@ -43,7 +46,7 @@ class TrainingCollator:
         packed = isinstance(records[0], list)
         if packed:
             records = [record for pack in records for record in pack]
-        prompts, image_inputs = encode_prompts(self.processor, records)
+        prompts, extra = encode_prompts(self.processor, records)
         answers = self.processor.tokenizer(
             [
                 f"{record['conversations'][-1]['assistant']}<|end|>\n<|endoftext|>"
@@ -56,19 +59,21 @@ class TrainingCollator:
             self._earlier_answers(prompt) + answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
+        if self.with_ids:
+            extra["ids"] = [record["id"] for record in records]
         if packed:
             positions = [range(len(row)) for row in ids]
             return {
                 "input_ids": _join(ids),
                 "position_ids": _join(positions),
                 "labels": _join(labels),
-                **image_inputs,
+                **extra,
             }
         return {
             "input_ids": _pad(ids, self.processor.tokenizer.pad_token_id, "right"),
             "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
             "labels": _pad(labels, IGNORED, "right"),
-            **image_inputs,
+            **extra,
         }
 
     def _earlier_answers(self, prompt: list[int]) -> list[int]:
@@ -112,7 +117,7 @@ def encode_prompts(
     prompts = processor.tokenizer.apply_chat_template(
         [to_messages(record)[:-1] for record in records], tokenize=False, add_generation_prompt=True
     )
-    images = [load_images(record) for record in records]
+    images = [load_images(record, processor.image_processor) for record in records]
     encoded = processor(prompts, images, return_tensors=None)
     image_inputs = {}
     if "pixel_values" in encoded:

@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collators import GenerationCollator
+from .files import write_json
 from .metrics import normalise
 from .processing_phi3_v import Phi3VProcessor
 from .training import print_first
@@ -70,7 +69,7 @@ def evaluate(
         }
         if choices:
             written["probabilities"] = [result.probability for result in results]
-        _write_json(Path(trainer.args.output_dir) / file_name, written)
+        write_json(Path(trainer.args.output_dir) / file_name, written)
     shown = ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
     print_first(f"{file_name}: {shown} on {len(results)} samples")
     return numbers
@@ -86,14 +85,6 @@ class EvaluateEvery(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.steps and state.global_step % self.steps == 0:
             self.run(f"eval_step_{state.global_step}.json")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Write under a temporary name, then rename: what has its final name is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(unfinished, path)
 
 
 @torch.no_grad()
@@ -129,6 +120,8 @@ def generate(
         collate_fn=GenerationCollator(processor),
         num_workers=trainer.args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
+        # Of its own: training goes on with the random state that it had.
+        generator=torch.Generator(),
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     if getattr(model, "hf_device_map", None) is None and not zero3:

@@ -72,6 +72,9 @@ class Phi3VImageProcessor(PilBackend):
     ) -> tuple[int, int]:
         """
         (width, height) in pixels of the padded image that an image of `width` x `height` becomes.
+
+        Raises:
+            ValueError: the image is too long and thin for `num_crops`, or empty.
         """
         num_crops = self.num_crops if num_crops is None else num_crops
         size = self.crop_size["height"]
@@ -106,7 +109,17 @@ class Phi3VImageProcessor(PilBackend):
         self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs
     ) -> Image.Image:
         image = _to_pil(image)
-        return image.convert("RGB") if do_convert_rgb else image
+        if not do_convert_rgb:
+            if image.mode != "RGB":
+                raise ValueError(f"An image of mode {image.mode} is not RGB: set do_convert_rgb.")
+            return image
+        try:
+            return image.convert("RGB")
+        except ValueError as error:
+            raise ValueError(
+                f"An image of mode {image.mode} cannot be converted to RGB ({error}). Save it as "
+                "RGB."
+            ) from error
 
     def _preprocess(
         self,
@@ -157,12 +170,6 @@ class Phi3VImageProcessor(PilBackend):
             image = image.transpose(Image.Transpose.TRANSPOSE)
         size = self.crop_size["height"]
         columns, resized = _fit(image.width, image.height, num_crops, size)
-        if resized == 0:
-            raise ValueError(
-                f"An image of {image.width} x {image.height} pixels is too long and thin for "
-                f"num_crops={num_crops}: scaled to a length of {columns * size} pixels, nothing is "
-                "left of its other side. Crop it or raise num_crops."
-            )
         image = image.resize((columns * size, resized), Image.Resampling.BILINEAR)
         padded = np.full((math.ceil(resized / size) * size, columns * size, 3), 255, dtype=np.uint8)
         top = (len(padded) - resized) // 2
@@ -182,12 +189,24 @@ def _fit(long: int, short: int, num_crops: int, size: int) -> tuple[int, int]:
         The largest number of columns whose crops fit into `num_crops`, and the height in pixels
         after scaling to them.
         In float64, as the official code: now and then one less than exact arithmetic.
+
+    Raises:
+        ValueError: nothing would be left of the height; or the image is empty.
     """
+    if short < 1:
+        raise ValueError(f"An image of {long} x {short} pixels is empty.")
     ratio = long / short
     columns = 1
     while (columns + 1) * math.ceil((columns + 1) / ratio) <= num_crops:
         columns += 1
-    return columns, int(columns * size / ratio)
+    resized = int(columns * size / ratio)
+    if resized == 0:
+        raise ValueError(
+            f"An image of {long} x {short} pixels is too long and thin for num_crops={num_crops}: "
+            f"scaled to a length of {columns * size} pixels, nothing is left of its other side. "
+            "Crop it or raise num_crops."
+        )
+    return columns, resized
 
 
 def _normalisation_table(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

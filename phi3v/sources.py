@@ -4,12 +4,21 @@ Datasets of rows, from the hub or from a folder, and how their rows become recor
 A recipe says which columns it reads and how a row becomes a record (see `conversations.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
+from pyarrow.compute import list_value_length
 
-from .conversations import ConversationError, check_record, read_json_lines
+from .conversations import check_record
+from .errors import ConversationError, find_bad, keep_good, quoted, settle
+from .json_lines import parse_line, read_lines
+
+REMEDY = (
+    "Give a hub id, a folder of parquet files or one of save_to_disk with --dataset_name_or_path."
+)
 
 
 def load_rows(
@@ -26,11 +35,19 @@ def load_rows(
         layouts: the columns that the recipe reads, in every form in which it knows the dataset.
         config: of a hub dataset with several. A folder has one.
 
+    Returns:
+        The rows; their attribute `origin` is `name_or_path`.
+
     Raises:
-        ConversationError: there is no such dataset or split, or columns are missing; the message
-            lists what was found and what was expected.
+        ConversationError: there is no such dataset or split, it is broken, or columns are missing
+            or of another type; the message lists what was found and what was expected.
     """
     folder = Path(name_or_path)
+    if not folder.exists() and (folder.is_absolute() or name_or_path.startswith(".")):
+        # No hub id looks like this, so the hub need not be asked.
+        raise ConversationError(
+            f"cannot load split {split!r} of {name_or_path}: there is no such folder. {REMEDY}"
+        )
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows = datasets.load_from_disk(str(folder))
@@ -48,8 +65,7 @@ def load_rows(
         raise
     except Exception as error:  # no network, no such id, no data files, a broken file, no split
         raise ConversationError(
-            f"cannot load split {split!r} of {name_or_path}: {error}. Give a hub id, a folder of "
-            "parquet files or one of save_to_disk with --dataset_name_or_path."
+            f"cannot load split {split!r} of {name_or_path}: {_cause(folder, error)}. {REMEDY}"
         ) from error
     if not any(columns <= set(rows.column_names) for columns in layouts):
         expected = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
@@ -58,8 +74,76 @@ def load_rows(
             f"{', '.join(rows.column_names)}. Expected: {expected}."
         )
     if len(rows) == 0:
-        raise ConversationError(f"{name_or_path}: split {split!r} has no rows.")
-    return _keep_images_encoded(rows)
+        raise ConversationError(f"{name_or_path}: split {split!r} has no rows. {REMEDY}")
+    for name in sorted(set().union(*layouts) & set(rows.column_names)):
+        expected, fits = COLUMN_TYPES.get(name, ("", None))
+        if fits and not fits(rows.features[name]):
+            raise ConversationError(
+                f"{name_or_path}: column {name} must hold {expected} in every row; it is of type "
+                f"{rows.features[name]}. Convert the column."
+            )
+    rows = _keep_images_encoded(rows)
+    rows.origin = name_or_path
+    return rows
+
+
+def _cause(folder: Path, error: Exception) -> str:
+    """What is behind an error of `datasets`, on one line; the broken file, where there is one."""
+    for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
+        try:
+            pyarrow.parquet.read_metadata(path)
+        except Exception as broken:  # not an OSError alone: pyarrow has its own
+            return f"{path} is broken ({_first_line(broken)}); replace the file"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _item(feature: object) -> object:
+    """The type of a list's items, or None."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def _is_image(feature: object) -> bool:
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    return isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
+
+
+def _is_text(feature: object) -> bool:
+    return isinstance(feature, datasets.Value) and "string" in feature.dtype
+
+
+def _has_texts(feature: object, *fields: str) -> bool:
+    return isinstance(feature, dict) and all(_is_text(feature.get(field)) for field in fields)
+
+
+# Of the columns that recipes read: what has to be in them, in words and as a test of the type.
+COLUMN_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "image": ("an image", _is_image),
+    "images": ("a list of images", lambda feature: _is_image(_item(feature))),
+    "texts": (
+        "a list of {user, assistant}",
+        lambda feature: _has_texts(_item(feature), "user", "assistant"),
+    ),
+    "query": ("an object with the text `en`", lambda feature: _has_texts(feature, "en")),
+    "answers": ("a list of texts", lambda feature: _is_text(_item(feature))),
+}
+
+
+def image_counts(rows: datasets.Dataset) -> list[int]:
+    """
+    How many images each row has in its column `images`. Only the lists' lengths are read.
+    """
+    counts = list_value_length(rows.data.column("images"))
+    if rows._indices is not None:  # of rows that were selected before they were saved
+        counts = counts.take(rows._indices.column(0))
+    return [count or 0 for count in counts.to_pylist()]
 
 
 def _keep_images_encoded(rows: datasets.Dataset) -> datasets.Dataset:
@@ -94,19 +178,59 @@ class Records:
         return (self.make(key) for key in self.keys)
 
 
-def read_fields(path: Path, fields: set[str]) -> list[tuple[str, dict]]:
+def read_fields(
+    path: Path,
+    fields: Mapping[str, type | tuple[type, ...]] | set[str],
+    unique: str | None = None,
+    skip_bad: bool = False,
+) -> list[tuple[str, dict]]:
     """
     The objects of a json-lines file, each with where it stands ("file, line 3").
 
+    Args:
+        fields: that every object has, and where it matters, of which types.
+        unique: the field that tells objects apart.
+        skip_bad: leave bad lines out and print which, instead of an error for the first.
+
     Raises:
-        ConversationError: as `read_json_lines`, or a line that is not an object with `fields`.
+        ConversationError: as `read_lines` and `parse_line`, or a line that is not an object with
+            `fields`.
     """
-    found = list(read_json_lines(path))
-    for where, row in found:
+    found: dict[int, tuple[str, dict]] = {}
+    seen: dict[object, int] = {}
+
+    def check(numbered: tuple[int, bytes]) -> None:
+        number, line = numbered
+        where = f"{path}, line {number}"
+        row = parse_line(line, where)
         missing = sorted(fields - row.keys()) if isinstance(row, dict) else sorted(fields)
         if missing:
             raise ConversationError(f"{where} does not have the fields {', '.join(missing)}.")
-    return found
+        for name, types in fields.items() if isinstance(fields, Mapping) else ():
+            if not isinstance(row[name], types):
+                types = types if isinstance(types, tuple) else (types,)
+                raise ConversationError(
+                    f"{where}: {name} must be of type {' or '.join(t.__name__ for t in types)}, "
+                    f"not {type(row[name]).__name__}. Correct it."
+                )
+        if unique and (first := seen.setdefault(row[unique], number)) != number:
+            raise ConversationError(
+                f"{where}: {unique} {quoted(row[unique])} is that of line {first} too. Make it "
+                "unique."
+            )
+        found[number] = (where, row)
+
+    total = 0
+
+    def lines() -> Iterator[tuple[int, tuple[int, bytes]]]:
+        nonlocal total
+        for number, line in read_lines(path):
+            total += 1
+            yield number, (number, line)
+
+    bad = find_bad(lines(), check, skip_bad)
+    settle(bad, total, str(path), skip_bad)
+    return [row for number, row in found.items() if number not in bad]
 
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
@@ -114,7 +238,10 @@ CAULDRON_COLUMNS = {"images", "texts"}
 
 
 def cauldron_records(
-    rows: datasets.Dataset, name: str, indices: Iterable[int] | None = None
+    rows: datasets.Dataset,
+    name: str,
+    indices: Iterable[int] | None = None,
+    skip_bad: bool = False,
 ) -> Records:
     """
     Records of the_cauldron's layout, one for every question of every row.
@@ -124,26 +251,50 @@ def cauldron_records(
     Args:
         name: of the task; ids are `<name>-<row>-<question>`.
         indices: the rows to take, all by default.
+        skip_bad: leave bad questions out and print which, instead of an error for the first.
+
+    Raises:
+        ConversationError: a row has no image or no question, or a text is wrong.
     """
     texts = rows.select_columns("texts")
+    counts = image_counts(rows)
     indices = range(len(rows)) if indices is None else indices
+    origin = getattr(rows, "origin", None)
+    prefix = f"{origin}: {name}" if origin else name
+
+    @functools.lru_cache(1)  # the questions of a row come one after the other
+    def questions(row: int) -> list[dict]:
+        return texts[row]["texts"] or []
 
     def make(row: int, question: int, images: list) -> dict:
-        text = texts[row]["texts"][question]
+        text = questions(row)[question]
+        if text is None:
+            raise ConversationError(f"{prefix}, row {row}: texts[{question}] is null. Remove it.")
         turn = {"images": images, "user": text["user"], "assistant": text["assistant"]}
         record = {"id": f"{name}-{row}-{question}", "source": name, "conversations": [turn]}
-        return check_record(record, f"{name}, row {row}")
+        return check_record(record, f"{prefix}, row {row}, texts[{question}]")
 
-    keys = [(row, question) for row in indices for question in range(len(texts[row]["texts"]))]
-    # All texts are checked before the work starts; images are read when their record is.
-    for row, question in keys:
+    def check(key: tuple[int, int]) -> None:
+        row, question = key
+        if not counts[row] or not questions(row):
+            field = "texts" if counts[row] else "images"
+            raise ConversationError(f"{prefix}, row {row}: {field} is empty. Remove the row.")
         make(row, question, [])
+
+    # A row without questions counts as one bad sample.
+    keys = [(row, question) for row in indices for question in range(len(questions(row)) or 1)]
+    # All texts are checked before the work starts; images are read when their record is.
+    keys = keep_good(keys, check, prefix, skip_bad)
     return Records(keys, lambda key: make(*key, rows[key[0]]["images"]))
 
 
 def split_rows(rows: datasets.Dataset, num_eval: int) -> tuple[range, range]:
     """Row numbers for training and for evaluation: the first `num_eval` rows are evaluated on."""
-    if not 0 < num_eval < len(rows):
+    if num_eval < 1:
+        raise ConversationError(
+            f"--num_eval_rows is {num_eval}: none are left to evaluate on. Raise it."
+        )
+    if num_eval >= len(rows):
         raise ConversationError(
             f"--num_eval_rows is {num_eval} and the dataset has {len(rows)} rows: none are left to "
             "train on. Lower it."

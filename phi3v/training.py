@@ -8,17 +8,18 @@ import json
 import os
 import resource
 import socket
-import sys
 import time
 import warnings
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import datasets
 import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -29,10 +30,15 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from .failures import RunError, explain_failures
+from .files import finished_files
 from .modeling_phi3_v import Phi3VForCausalLM
 from .processing_phi3_v import Phi3VProcessor
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+# Half an hour by default, which the other ranks would wait for one that hangs.
+TIMEOUT = timedelta(minutes=10)
 
 LANGUAGE_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
 VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -41,18 +47,21 @@ PROJECTION_TARGETS = ["img_projection.0", "img_projection.2"]
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """
-    The recipe's TrainingArguments. Also starts the process group, and silences every rank but the
-    first.
+    The recipe's TrainingArguments. Also starts the process group, silences every rank but the
+    first, and from here on gives failures a message (see `failures.py`).
 
     Full finetuning runs under DeepSpeed ZeRO-2, LoRA under plain DDP, unless --deepspeed says
     otherwise.
     """
+    explain_failures(args)
     on_gpu = torch.cuda.is_available()
     deepspeed = args.deepspeed
     if deepspeed is None:
         deepspeed = "none" if args.use_lora else str(DS_CONFIGS / "zero2.json")
     if deepspeed != "none":
         _check_deepspeed(args, Path(deepspeed))
+    _meet_again(on_gpu)
+    if deepspeed != "none":
         _prepare_deepspeed(on_gpu)
     first = int(os.environ.get("RANK", 0)) == 0
     _filter_warnings(first)
@@ -83,7 +92,10 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         dataloader_num_workers=workers,
         logging_steps=10,
-        save_strategy="no",
+        logging_nan_inf_filter=False,  # LossWatch ends the run instead of hiding such a loss
+        save_strategy="no" if args.save_steps is None else "steps",
+        save_steps=args.save_steps or 500,
+        ddp_timeout=TIMEOUT.seconds,
         report_to="none",
         # Records reach the collator as they are.
         remove_unused_columns=False,
@@ -114,13 +126,37 @@ def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        stop(ValueError(f"--deepspeed {path}: {error}. Give a DeepSpeed config, or `none`."))
+        raise RunError(
+            f"--deepspeed {path}: {error}. Give a DeepSpeed config, or `none`."
+        ) from None
     if config.get("zero_optimization", {}).get("stage") == 3:
         remedy = "Leave --deepspeed away: DDP is enough for adapters."
         if args.use_qlora:
-            stop(ValueError(f"--use_qlora: ZeRO-3 cannot shard 4-bit weights. {remedy}"))
+            raise RunError(f"--use_qlora: ZeRO-3 cannot shard 4-bit weights. {remedy}")
         if args.merge_lora:
-            stop(ValueError(f"--merge_lora: ZeRO-3 has no rank with whole weights. {remedy}"))
+            raise RunError(f"--merge_lora: ZeRO-3 has no rank with whole weights. {remedy}")
+
+
+def _meet_again(on_gpu: bool) -> None:
+    """
+    Start the process group where torchrun has restarted the ranks (--max_restarts).
+
+    torchrun keeps the store through which ranks meet, and in torch 2.14 they would find there the
+    addresses of the ranks before them, and wait for those.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt == 0 or dist.is_initialized():
+        return
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )
 
 
 def _prepare_deepspeed(on_gpu: bool) -> None:
@@ -158,8 +194,45 @@ def _precision(args: argparse.Namespace, on_gpu: bool) -> str:
 
 
 def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
-    """The processor of --model_name_or_path, with --num_crops."""
-    return AutoProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+    """
+    The processor of --model_name_or_path, with --num_crops.
+
+    Raises:
+        RunError: there is none, or the folder is not one of this model.
+    """
+    name = args.model_name_or_path
+    _check_model_folder(Path(name))
+    try:
+        return AutoProcessor.from_pretrained(name, num_crops=args.num_crops)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"--model_name_or_path {name} has no processor that loads: {error}"
+        ) from error
+
+
+def _check_model_folder(folder: Path) -> None:
+    """Raise RunError where a local folder is something else than a checkpoint of this model."""
+    if not folder.is_dir():
+        return  # a hub id
+    flag = f"--model_name_or_path {folder}"
+    if not (folder / "config.json").is_file():
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            raise RunError(
+                f"{flag} holds an adapter, not a model. Give the folder that --merge_lora wrote."
+            )
+        raise RunError(f"{flag} holds no config.json: it is not a model's folder.")
+    try:
+        model_type = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{flag}: config.json is broken: {error}") from None
+    if model_type != "phi3_v":
+        raise RunError(f"{flag} is a model of type {model_type!r}, not Phi-3.5-vision's 'phi3_v'.")
+    if not any(folder.glob("*.safetensors")):
+        raise RunError(
+            f"{flag} holds no weights as .safetensors. Others (.bin, .pt) are not loaded, because "
+            "they can run code."
+        )
 
 
 def load_model(
@@ -189,7 +262,7 @@ def load_model(
             llm_int8_skip_modules=["lm_head", "model.vision_embed_tokens"],
         )
         quantization["device_map"] = {"": training_args.device}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = _load_weights(
         args.model_name_or_path,
         dtype=low if low_precision and (mastered or args.use_lora) else torch.float32,
         attn_implementation="flash_attention_2" if args.use_flash_attention else "sdpa",
@@ -209,8 +282,27 @@ def load_model(
     # A shard of ZeRO-3 says in ds_numel how large the whole is.
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     if trained == 0:
-        stop(ValueError("no parameter is left to train. Drop one of the flags that freeze."))
+        raise RunError("no parameter is left to train. Drop one of the flags that freeze.")
     print_first(f"{trained:,} trained parameters")
+    return model
+
+
+def _load_weights(name: str, **kwargs) -> Phi3VForCausalLM:
+    """`from_pretrained`, which would fill in what a checkpoint lacks with random numbers."""
+    flag = f"--model_name_or_path {name}"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{flag} does not load: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise RunError(
+            f"{flag} lacks {len(missing)} of the model's tensors, {missing[0]} among them. "
+            "The checkpoint is incomplete."
+        )
     return model
 
 
@@ -269,43 +361,51 @@ def save_model(trainer: Trainer, processor: Phi3VProcessor, args: argparse.Names
     Write the trained model (of LoRA: the adapter) and the processor to the output folder.
 
     With --merge_lora, the model with the adapter merged into it goes to merged/ in that folder.
+    Files get their names when they are whole.
     """
-    folder = trainer.args.output_dir
+    first = trainer.is_world_process_zero()
+    # Ranks have to save together: each may have a part of the weights.
+    with finished_files(Path(args.output_dir)) if first else nullcontext() as folder:
+        _save_weights(trainer, folder)
+        if first:
+            processor.save_pretrained(folder)
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            if args.merge_lora:
+                merge_adapter(args, folder, processor)
+    print_first(f"Saved the {'adapter' if args.use_lora else 'model'} to {args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _save_weights(trainer: Trainer, folder: Path | None) -> None:
+    """`folder` is None on all ranks but the first, which help to put the weights together."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         state_dict = None
         if is_deepspeed_zero3_enabled():
             # Every rank has a part of every adapter.
             state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        if trainer.is_world_process_zero():
+        if folder is not None:
             # lm_head has an adapter, which makes PEFT save the whole of it as well unless told
             # otherwise.
             model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
     else:
         # The Trainer turns the cache off for training; a saved model generates.
         model.config.use_cache = True
-        trainer.save_model(folder)
-    if trainer.is_world_process_zero():
-        processor.save_pretrained(folder)
-        trainer.save_state()
-        print_first(
-            f"Saved the {'adapter' if isinstance(model, PeftModel) else 'model'} to {folder}"
-        )
-    if args.merge_lora:
-        if trainer.is_world_process_zero():
-            merge_adapter(args, Path(folder), processor)
-        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(None if folder is None else str(folder))
 
 
 def merge_adapter(args: argparse.Namespace, folder: Path, processor: Phi3VProcessor) -> None:
-    """Merge the adapter in `folder` into a fresh base model, never into a 4-bit one."""
+    """
+    Merge the adapter in `folder` into a fresh base model, never into a 4-bit one, as
+    `folder`/merged.
+    """
     low = torch.bfloat16 if args.bf16 else torch.float16
     dtype = low if args.bf16 or torch.cuda.is_available() else torch.float32
     base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype)
     merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
     merged.save_pretrained(folder / "merged")
     processor.save_pretrained(folder / "merged")
-    print_first(f"Saved the merged model to {folder / 'merged'}")
+    print_first("Merged the adapter into the model, as merged/ in the output folder")
 
 
 class ThroughputCallback(TrainerCallback):
@@ -360,15 +460,6 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def stop(error: Exception) -> NoReturn:
-    """End the run on every rank, with one message and without a traceback."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        sys.exit(f"error: {error}")
-    # torchrun ends all ranks once one has failed. The first one should get to say why.
-    time.sleep(2)
-    sys.exit(1)
 
 
 def print_first(message: str) -> None:

@@ -58,6 +58,18 @@ def test_too_long_and_thin(case):
     processor = Phi3VImageProcessor(num_crops=case["num_crops"])
     with pytest.raises(ValueError, match=f"too long and thin for num_crops={case['num_crops']}"):
         processor(make_image(case["spec"]))
+    with pytest.raises(ValueError, match="too long and thin"):
+        processor.calc_num_image_tokens_from_image_size(case["spec"]["w"], case["spec"]["h"])
+
+
+def test_images_that_cannot_be_used():
+    """No pixels, no way to RGB, or none asked for: each is an error that says so."""
+    with pytest.raises(ValueError, match="5 x 0 pixels is empty"):
+        Phi3VImageProcessor().calc_hd_size(0, 5)
+    with pytest.raises(ValueError, match="mode La cannot be converted to RGB .*Save it as RGB"):
+        Phi3VImageProcessor()(Image.new("La", (4, 3)))
+    with pytest.raises(ValueError, match="mode L is not RGB: set do_convert_rgb"):
+        Phi3VImageProcessor()(Image.new("L", (4, 3)), do_convert_rgb=False)
 
 
 def test_arrays_and_tensors_are_images_too():

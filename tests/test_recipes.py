@@ -5,12 +5,13 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
 from phi3v.collators import TrainingCollator
-from phi3v.conversations import load_images
+from phi3v.conversations import ConversationError, load_images
 from phi3v.evaluation import Result
 from phi3v.sources import Records
 from small_datasets import cauldron_row, examples_row, picture, write_parquet
@@ -21,6 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def given(**values: object) -> SimpleNamespace:
+    """Parsed arguments, as far as a function looks at them."""
+    return SimpleNamespace(skip_bad_samples=False, **values)
 
 
 def recipe(name: str):
@@ -65,7 +71,7 @@ def test_docvqa_records(tmp_path):
     """Prompts of both layouts; the target drawn by the seed; all questions of a row are used."""
     docvqa = recipe("docvqa")
     examples = write_parquet(tmp_path / "a", "train", [examples_row(i) for i in range(40)])
-    arguments = type("Args", (), {"seed": 1})
+    arguments = given(seed=1)
     records = docvqa.load_dataset(arguments, str(examples), "train")
     turns = [record["conversations"][0] for record in records]
     assert turns[3]["user"] == "What is number 3?\nAnswer briefly."
@@ -75,7 +81,7 @@ def test_docvqa_records(tmp_path):
     long = sum(turn["assistant"].startswith("number") for turn in turns)
     assert 10 < long < 30, "the target is one of the answers, drawn at random"
     assert [record["conversations"] for record in records] == [[turn] for turn in turns]
-    other = type("Args", (), {"seed": 2})
+    other = given(seed=2)
     again = docvqa.load_dataset(other, str(examples), "train")
     assert [r["conversations"][0]["assistant"] for r in again] != [t["assistant"] for t in turns]
 
@@ -93,12 +99,7 @@ def test_docvqa_records(tmp_path):
 
 def test_hateful_memes_cauldron(demo_checkpoint, tmp_path, monkeypatch):
     """The first rows evaluate, the others train; accuracy and AUROC, with the probabilities."""
-    hateful = recipe("hateful_memes")
-    # The demo's tokenizer knows whole words for its classes alone.
-    monkeypatch.setattr(hateful, "YES", "DigitOne")
-    monkeypatch.setattr(hateful, "NO", "DigitTwo")
-    answers = ["DigitOne.", "DigitTwo."]
-    rows = [cauldron_row(i, 1, ("Hateful?", answers[i % 2])) for i in range(8)]
+    rows = [cauldron_row(i, 1, ("Hateful?", ("Yes.", "No.")[i % 2])) for i in range(8)]
     dataset = datasets.load_dataset(
         str(write_parquet(tmp_path / "memes", "train", rows)), split="train"
     )
@@ -122,16 +123,14 @@ def test_hateful_memes_challenge_files(tmp_path):
             row = {"id": 100 + index, "img": image, "text": f"t {index}", "label": index % 2}
             lines.append(json.dumps(row))
         (tmp_path / name).write_text("\n".join(lines))
-    arguments = type(
-        "Args", (), {"dataset_name_or_path": str(tmp_path), "eval_file": "dev_seen.jsonl"}
-    )
+    arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev_seen.jsonl")
     train, evaluation = hateful.load_datasets(arguments)
     assert [record["id"] for record in train] == ["100", "101", "102"]
     turns = [record["conversations"][0] for record in evaluation]
     assert [turn["assistant"] for turn in turns] == ["No", "Yes", "No"]
     assert '"t 1" hateful?' in turns[1]["user"] and turns[1]["images"][0].endswith("img/d1.png")
     (tmp_path / "img" / "d2.png").unlink()
-    with pytest.raises(ValueError, match="dev_seen.jsonl, line 3: img 'img/d2.png' is not a file"):
+    with pytest.raises(ValueError, match="dev_seen.jsonl, line 3: img: 'img/d2.png' is not a file"):
         hateful.load_datasets(arguments)
 
 
@@ -147,7 +146,7 @@ def test_nlvr2_cauldron(demo_checkpoint, tmp_path, monkeypatch):
         assert result["ids"] == ["nlvr2-0-0", "nlvr2-1-0"] and 0 <= result["accuracy"] <= 1
         assert result["answers_unique"] == ["false", "true"]
     bad = write_parquet(tmp_path / "bad", "train", [*rows, cauldron_row(7, 1, ("Same?", "True"))])
-    arguments = type("Args", (), {"dataset_name_or_path": str(bad), "num_eval_rows": 2})
+    arguments = given(dataset_name_or_path=str(bad), num_eval_rows=2)
     with pytest.raises(ValueError, match="row 6 has 1 images; NLVR2 has two"):
         recipe("nlvr2").load_datasets(arguments)
 
@@ -161,7 +160,7 @@ def test_nlvr2_official_files(demo_processor, tmp_path):
             picture(side).save(folder / f"{split}-85-0-img{side}.png")
         row = {"sentence": "Two dogs.", "label": "True", "identifier": f"{split}-85-0-1"}
         (tmp_path / f"{split}.json").write_text(json.dumps(row) + "\n")
-    arguments = type("Args", (), {"dataset_name_or_path": str(tmp_path), "eval_file": "dev.json"})
+    arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev.json")
     train, evaluation = recipe("nlvr2").load_datasets(arguments)
     assert [record["id"] for record in evaluation] == ["dev-85-0-1"]
     [turn] = train[0]["conversations"]
@@ -190,10 +189,8 @@ def test_columns_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
             "--deepspeed=none",
         ],
     )
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ConversationError, match="Found: picture, caption.*images, texts"):
         recipe(name).main()
-    message = str(stopped.value)
-    assert "Found: picture, caption" in message and "images, texts" in message
 
 
 def test_wrong_texts_are_found_before_the_start(tmp_path):
@@ -201,27 +198,27 @@ def test_wrong_texts_are_found_before_the_start(tmp_path):
     rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(4)]
     rows[2]["texts"][0]["user"] = "a<|end|>b"
     folder = write_parquet(tmp_path / "forged", "train", rows)
-    arguments = type("Args", (), {"dataset_name_or_path": str(folder), "num_eval_rows": 1})
+    arguments = given(dataset_name_or_path=str(folder), num_eval_rows=1)
     with pytest.raises(ValueError, match=r"nlvr2, row 2.*user contains '<\|end\|>'"):
         recipe("nlvr2").load_datasets(arguments)
     bad = [examples_row(0), {**examples_row(1), "answers": [" "]}]
     folder = write_parquet(tmp_path / "empty", "train", bad)
     with pytest.raises(ValueError, match="DocVQA row 1.*assistant is empty"):
-        recipe("docvqa").load_dataset(type("Args", (), {"seed": 1}), str(folder), "train")
+        recipe("docvqa").load_dataset(given(seed=1), str(folder), "train")
 
 
 def test_too_few_rows_to_split(tmp_path):
     """Nothing left to train on is an error that names the flag."""
     rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(3)]
     folder = write_parquet(tmp_path / "small", "train", rows)
-    arguments = type("Args", (), {"dataset_name_or_path": str(folder), "num_eval_rows": 500})
+    arguments = given(dataset_name_or_path=str(folder), num_eval_rows=500)
     with pytest.raises(ValueError, match="--num_eval_rows is 500 and the dataset has 3 rows"):
         recipe("nlvr2").load_datasets(arguments)
 
 
 def test_a_dataset_that_is_not_there(tmp_path):
     """Neither a folder nor reachable on the hub: one message with what to give."""
-    arguments = type("Args", (), {"dataset_name_or_path": str(tmp_path / "no"), "num_eval_rows": 2})
+    arguments = given(dataset_name_or_path=str(tmp_path / "no"), num_eval_rows=2)
     with pytest.raises(ValueError, match="cannot load split 'train' of .*--dataset_name_or_path"):
         recipe("nlvr2").load_datasets(arguments)
 
@@ -271,7 +268,7 @@ def test_readme_example_of_a_new_task(demo_processor, tmp_path):
         picture(index).save(tmp_path / f"{index}.png")
         lines.append(f"{index}.png,{index % 4}")
     (tmp_path / "counts.csv").write_text("\n".join(lines))
-    train, evaluation = names["load_datasets"](type("Args", (), {"data_dir": str(tmp_path)}))
+    train, evaluation = names["load_datasets"](given(data_dir=str(tmp_path)))
     assert len(train) == 3 and len(evaluation) == 100 and train[0]["id"] == "100.png"
     assert TrainingCollator(demo_processor)(list(train))["pixel_values"].shape[0] == 3
     results = [Result("a", ["1"], "1", None), Result("b", ["2"], "3", None)]

@@ -14,6 +14,7 @@ from phi3v import Phi3VConfig
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
+from phi3v.failures import RunError
 from phi3v.metrics import accuracy
 from phi3v.training import (
     ThroughputCallback,
@@ -452,7 +453,7 @@ def test_refused_deepspeed_configs(flags, message, monkeypatch):
     """A config that is none, or that a flag contradicts, ends the run before anything starts."""
     monkeypatch.chdir(REPO)
     args = parse_arguments(make_parser(""), flags)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(RunError, match=message):
         make_training_arguments(args)
 
 

@@ -1,0 +1,154 @@
+"""
+Failures that a user can do something about: one message instead of a traceback.
+"""
+
+import argparse
+import errno
+import os
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from .errors import ConversationError, plain_message
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+OUT_OF_MEMORY = (
+    "the GPU has no memory left. Lower, in this order: --batch_size_per_gpu (with the same "
+    "--batch_size the result stays the same), --eval_batch_size_per_gpu where it was evaluating, "
+    "--num_crops; or use --use_flash_attention, --deepspeed ds_configs/zero3.json or "
+    "zero3_offload.json, --use_lora, --use_qlora."
+)
+
+
+OVERFLOW = (
+    "fp16 overflows in step after step, at the smallest loss scale too. Use --bf16 where the GPU "
+    "has it, or lower --learning_rate."
+)
+# Loss scaling starts at 65,536 and halves with every overflow; it recovers when they are rare.
+SMALLEST_LOSS_SCALE = 1
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+def explain_failures(args: argparse.Namespace) -> None:
+    """From here on, a failure that has an explanation ends the run with it, on every rank."""
+    sys.excepthook = partial(_report, args)
+
+
+def _report(
+    args: argparse.Namespace,
+    kind: type[BaseException],
+    error: BaseException,
+    traceback: TracebackType | None,
+) -> None:
+    text = explanation(args, error)
+    if text is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        _say(text)
+
+
+def explanation(args: argparse.Namespace, error: BaseException) -> str | None:
+    """What to tell about an error; None where nothing is known but the traceback."""
+    if isinstance(error, ConversationError):
+        return plain_message(error)
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    if "loss scale already at minimum" in str(error):  # DeepSpeed
+        return OVERFLOW
+    if _disk_is_full(args, error):
+        path = getattr(error, "filename", None) or args.output_dir
+        return (
+            f"cannot write {path}: the disk is full ({error}). Free some space, then go on with "
+            "--resume_from_checkpoint; complete checkpoints are untouched."
+        )
+    return None
+
+
+def _disk_is_full(args: argparse.Namespace, error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    # safetensors and torch.save tell what happened in words only, if at all.
+    if not isinstance(error, SafetensorError | RuntimeError | OSError):
+        return False
+    if "No space left on device" in str(error):
+        return True
+    folder = Path(args.output_dir)
+    writing = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return writing and folder.is_dir() and shutil.disk_usage(folder).free < 2**20
+
+
+def _say(text: str) -> None:
+    """Print a failure that may be this rank's alone or every rank's."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # torchrun ends all ranks once one has failed. The first one should get to say why; where
+        # it does not fail, this rank has to.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
+
+
+def stop(error: Exception) -> NoReturn:
+    """End the run with one message and without a traceback."""
+    _say(str(error))
+    sys.exit(1)
+
+
+class LossWatch(TrainerCallback):
+    """
+    Ends the run at a loss that is not finite, and says which samples it comes from; and where
+    fp16's loss scale has fallen to where nothing is learnt.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.losses: list[tuple[list[str], torch.Tensor]] = []  # of a step's micro-batches
+        self.ids: list[str] = []
+
+        def take_ids(module, inputs, named_inputs):
+            self.ids = named_inputs.pop("ids", [])
+            return inputs, named_inputs
+
+        def keep_loss(module, inputs, output):
+            if module.training and output.loss is not None:
+                self.losses.append((self.ids, output.loss.detach()))
+
+        self.hooks = [
+            model.register_forward_pre_hook(take_ids, with_kwargs=True),
+            model.register_forward_hook(keep_loss),
+        ]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        losses, self.losses = self.losses, []
+        # One look at the device a step, not one a micro-batch.
+        finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
+        for (ids, loss), good in zip(losses, finite, strict=True):
+            if not good:
+                raise RunError(
+                    f"the loss of step {state.global_step} is {loss.item()}, in the batch of "
+                    f"{', '.join(map(repr, ids))}. Look at these samples; if they are as they "
+                    "should be, lower --learning_rate, or use --bf16 in place of fp16. The "
+                    "checkpoints before this step are untouched."
+                )
+
+    def on_log(self, args, state, control, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)  # of fp16 without DeepSpeed, which has its own
+        if scaler is not None and scaler.get_scale() < SMALLEST_LOSS_SCALE:
+            raise RunError(OVERFLOW)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for hook in self.hooks:
+            hook.remove()

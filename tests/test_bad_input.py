@@ -1,0 +1,833 @@
+"""
+Wrong datasets, through the functions that the recipes load them with: every one is answered with
+one clear message, by ConversationError, before a model is loaded.
+"""
+
+import argparse
+import io
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from phi3v import errors, images
+from phi3v.check import main as check
+from phi3v.collators import TrainingCollator
+from phi3v.conversations import (
+    ConversationError,
+    ImageFolder,
+    check_record,
+    image_sizes,
+    load_conversations,
+    load_images,
+)
+from phi3v.errors import plain_message
+from phi3v.images import check_images
+from phi3v.sources import (
+    CAULDRON_COLUMNS,
+    Records,
+    cauldron_records,
+    load_rows,
+    read_fields,
+    split_rows,
+)
+from small_datasets import cauldron_row, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def noise(size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """A picture that does not compress to nothing, so there is something to cut off."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(format: str, image: Image.Image | None = None, **options) -> bytes:
+    file = io.BytesIO()
+    (image or noise()).save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def image_dir(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (folder / name).write_bytes(encoded("JPEG"))
+    return folder
+
+
+def good(identifier: str = "x", *names: str, **changes) -> dict:
+    turn = {"images": list(names), "user": "What?", "assistant": "Red", **changes}
+    return {"id": identifier, "source": "test", "conversations": [turn]}
+
+
+def write(tmp_path: Path, *lines: bytes | str | dict) -> Path:
+    """A jsonl file."""
+    lines = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
+    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def arguments(**changes) -> argparse.Namespace:
+    defaults = {"num_crops": 4, "tqdm": False, "max_length": None, "pack_length": None}
+    return argparse.Namespace(**{**defaults, "skip_bad_samples": False, **changes})
+
+
+GOOD_LINE = json.dumps(good("x"))
+TURNS = json.dumps(good("x")["conversations"])
+
+# ---------------------------------------------------------------- lines of a jsonl
+
+# What line 2 holds, what the message says after "line 2", and how the way out begins.
+LINES = {
+    "bytes that are no text": (b'{"id": "\xff"}', "not UTF-8", "Save it as UTF-8"),
+    "cut character": ('{"id": "é'.encode()[:-1], "not UTF-8", "Save it as UTF-8"),
+    "encoded surrogate": (b'{"id": "\xed\xa0\x80"}', "not UTF-8", "Save it as UTF-8"),
+    "UTF-16": (GOOD_LINE.encode("utf-16"), "UTF-16", "Save it as UTF-8"),
+    "UTF-16 without a mark": (GOOD_LINE.encode("utf-16-be"), "UTF-16", "Save it as UTF-8"),
+    "byte order mark": (GOOD_LINE.encode("utf-8-sig"), "byte order mark", "without BOM"),
+    "half a line": (GOOD_LINE[:40], "not JSON", "one record a line"),
+    "two records": (GOOD_LINE + GOOD_LINE, "not JSON", "one record a line"),
+    "single quotes": (GOOD_LINE.replace('"', "'"), "not JSON", "one record a line"),
+    "trailing comma": (GOOD_LINE[:-1] + ",}", "not JSON", "one record a line"),
+    "comment": ("// " + GOOD_LINE, "not JSON", "one record a line"),
+    "raw control character": (GOOD_LINE.replace("What", "\x01"), "not JSON", "one record a line"),
+    "NaN": ('{"id": NaN, "conversations": []}', "NaN is no JSON", "one record a line"),
+    "Infinity": ('{"id": "a", "conversations": -Infinity}', "-Infinity is no", "one record"),
+    "a key twice": ('{"id": "a", "id": "b", "conversations": []}', "key 'id' twice", "one record"),
+    "a turn's key twice": (
+        '{"id": "a", "conversations": [{"user": "a", "user": "b", "assistant": "c"}]}',
+        "key 'user' twice",
+        "one record",
+    ),
+    "deep lists": ("[" * 100_000, "nested too deeply", "Remove"),
+    "deep objects": ('{"a":' * 100_000, "nested too deeply", "Remove"),
+    "huge number": (
+        '{"id": ' + "9" * 5000 + ', "conversations": []}',
+        "number has 5000 digits",
+        "one",
+    ),
+    "float beyond floats": ('{"id": 1e999, "conversations": []}', ": id must be", "in quotes"),
+    "half a surrogate pair": (
+        json.dumps(good("x", user="a\ud800b")),
+        r"conversations\[0\].user has half a surrogate",
+        "whole pair",
+    ),
+    "surrogate in an id": (json.dumps(good("\udc00")), "id has half a surrogate", "whole pair"),
+    "surrogate in a key": (
+        '{"id": "a", "conversations": [], "\\ud800": 1}',
+        r"unknown: '\\ud800'",
+        "Required: conversations, id",
+    ),
+    "a string": ('"x"', "a record is an object, not a string", "Write"),
+    "null": ("null", "a record is an object, not null", "Write"),
+    "a list of records": (f"[{GOOD_LINE}]", "a record is an object, not a list", "Write"),
+    "no id": (f'{{"conversations": {TURNS}}}', "missing: id", "Required"),
+    "misspelt key": (
+        f'{{"id": "a", "conversation": {TURNS}}}',
+        "unknown: conversation",
+        "Required",
+    ),
+    "empty id": (good(""), "id is empty", "an id of its own"),
+    "null id": (good(None), "id must be a string, not null", "in quotes"),
+    "bool id": (good(True), "id must be a string, not a bool", "in quotes"),
+    "null source": ({**good(), "source": None}, "source must be a string", "in quotes"),
+    "conversations null": ({**good(), "conversations": None}, "at least one turn", "Write"),
+    "conversations an object": ({**good(), "conversations": {}}, "at least one turn", "Write"),
+    "no turns": ({**good(), "conversations": []}, "at least one turn", "Write"),
+    "a turn that is null": ({**good(), "conversations": [None]}, r"\[0\] must be an obj", "Write"),
+    "assistant missing": (
+        {**good(), "conversations": [{"user": "a"}]},
+        r"conversations\[0\] has the wrong fields \(missing: assistant\)",
+        "Required: assistant, user",
+    ),
+    "assistant null": (good(assistant=None), r"\[0\].assistant must be a string", "in quotes"),
+    "assistant a list": (good(assistant=["a"]), r"\[0\].assistant must be a string", "in quotes"),
+    "assistant empty": (good(assistant=""), r"\[0\].assistant is empty", "Write an answer"),
+    "assistant blank": (good(assistant="\n\t "), r"\[0\].assistant is empty", "Write an answer"),
+    "user a number": (good(user=3.5), r"\[0\].user must be a string, not a number", "in quotes"),
+    "images a string": (good(images="a.jpg"), r"\[0\].images must be a list", "Write"),
+    "images an object": (good(images={}), r"\[0\].images must be a list", "Write"),
+    "an image that is null": (good(images=[None]), r"\[0\].images must hold paths, not null", ""),
+    "missing image": (good("x", "d.jpg"), r"\[0\].images: 'd.jpg' is not a file", "check both"),
+    "empty name": (good("x", ""), r"\[0\].images: '' is a folder", "path of an image"),
+    "a folder": (good("x", "sub"), r"\[0\].images: 'sub' is a folder", "path of an image"),
+    "a file as a folder": (good("x", "a.jpg/b.jpg"), "is not a file in", "check both"),
+    "a pipe": (good("x", "pipe"), "'pipe' is not a regular file", "path of an image"),
+    "zero bytes": (good("x", "empty.jpg"), r"\[0\].images: 'empty.jpg' is empty", "Replace"),
+    "parent folder": (good("x", "../secret.jpg"), "leaves the image folder", "Move"),
+    "parent of a sub-folder": (good("x", "sub/../../secret.jpg"), "leaves the image", "Move"),
+    "missing outside": (good("x", "../../none.jpg"), "leaves the image folder", "Move"),
+    "absolute": (good("x", "/etc/hostname"), "leaves the image folder", "Move"),
+    "link to outside": (good("x", "link.jpg"), "'link.jpg' leaves the image folder", "Move"),
+    "linked folder": (good("x", "linked/secret.jpg"), "leaves the image folder", "Move"),
+    "sibling with the same prefix": (good("x", "../images2/a.jpg"), "leaves the image", "Move"),
+    "dangling link": (good("x", "dangling.jpg"), "is not a file in", "check both"),
+    "link to itself": (good("x", "loop.jpg"), "cannot be read: Too many levels", "Check the path"),
+    "null byte": (good("x", "a\0.jpg"), "cannot be the name of a file", "Remove"),
+    "surrogate in a path": (good("x", "\udcff.jpg"), "cannot be the name of a file", "Remove"),
+    "long name": (good("x", "a" * 5000), "cannot be read: File name too long", "Check the path"),
+    "a URL": (good("x", "https://example.com/a.jpg"), "is not a file in", "check both"),
+    "id of line 1": (good("first"), "id 'first' is that of line 1 too", "Make ids unique"),
+}
+
+CONTROL = [
+    *("<|image_7|>", "<|image_01|>", "<|image_٣|>", "<|image|>", "<|end|>", "<|endoftext|>"),
+    *("<|user|>", "<|assistant|>", "<|system|>", "<|placeholder1|>", "<|placeholder39|>"),
+    *("<s>", "</s>", "<unk>"),
+]
+for token in CONTROL:
+    for role in ("user", "assistant"):
+        LINES[f"{token} in {role}"] = (
+            good(**{role: f"a{token}b"}),
+            rf"conversations\[0\].{role} contains '{token}'".replace("|", r"\|"),
+            "Remove it",
+        )
+
+
+@pytest.fixture
+def traps(tmp_path, image_dir):
+    """What image paths must not lead to."""
+    (tmp_path / "secret.jpg").write_bytes(encoded("JPEG"))
+    (tmp_path / "images2").mkdir()
+    (tmp_path / "images2" / "a.jpg").write_bytes(encoded("JPEG"))
+    (image_dir / "sub").mkdir()
+    (image_dir / "empty.jpg").touch()
+    os.mkfifo(image_dir / "pipe")
+    for name, target in {
+        "link.jpg": tmp_path / "secret.jpg",
+        "linked": tmp_path,
+        "dangling.jpg": image_dir / "gone.jpg",
+        "loop.jpg": image_dir / "loop.jpg",
+    }.items():
+        (image_dir / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_lines(tmp_path, image_dir, traps, kind):
+    """File, line, field and way out are named, on one line; and the others go on without it."""
+    line, message, remedy = LINES[kind]
+    path = write(tmp_path, good("first", "a.jpg"), line, good("last"))
+    with pytest.raises(ConversationError, match=message) as caught:
+        load_conversations(path, image_dir)
+    text = str(caught.value)
+    assert text.startswith(f"{path}, line 2") and remedy in text
+    assert "--skip_bad_samples" in text
+    assert "\n" not in text and len(text) < 1000 and text.encode()
+    assert load_conversations(path, image_dir, skip_bad=True)["id"] == ["first", "last"]
+
+
+def test_every_special_token_of_the_tokenizer_is_refused(tokenizer_folder):
+    """No text can hold what the tokenizer takes as one of its special tokens."""
+    tokens = json.loads((tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
+    assert len(tokens) > 40
+    for token in tokens:
+        with pytest.raises(ConversationError, match="control token"):
+            check_record(good(user=f"x{token['content']}"), "here")
+
+
+def test_what_only_looks_like_a_control_token_is_text(demo_processor):
+    """Near misses are no tokens, and stay what they are."""
+    for text in (
+        "<|End|>",
+        "<|end|",
+        "<| end |>",
+        "< s>",
+        "<S>",
+        "|end|>",
+        "<|image_x|>",
+        "<0x0A>",
+    ):
+        check_record(good(user=text, assistant=text), "here")
+        ids = demo_processor.tokenizer(text, add_special_tokens=False).input_ids
+        assert not set(ids) & set(demo_processor.tokenizer.all_special_ids)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_files(tmp_path, image_dir, monkeypatch):
+    """A file that is not there, is none, is empty or may not be read."""
+    load = load_conversations
+    with pytest.raises(ConversationError, match="no such file, nor its folder .*no. Check"):
+        load(tmp_path / "no" / "data.jsonl", image_dir)
+    with pytest.raises(ConversationError, match="none.jsonl: there is no such file. Check"):
+        load(tmp_path / "none.jsonl", image_dir)
+    with pytest.raises(ConversationError, match="is a folder. Give a file"):
+        load(image_dir, image_dir)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConversationError, match="is not a regular file. Give a file"):
+        load(tmp_path / "pipe", image_dir)
+    with pytest.raises(ConversationError, match="cannot be read: embedded null byte"):
+        load("a\0b", image_dir)
+    with pytest.raises(ConversationError, match="cannot be read: File name too long"):
+        load("a" * 5000, image_dir)
+    for content in ("", "\n \n\t\n"):
+        with pytest.raises(ConversationError, match="data.jsonl: the file has no records. Write"):
+            load(write(tmp_path, content), image_dir)
+    monkeypatch.setattr("phi3v.json_lines.MAX_LINE_BYTES", 100)
+    with pytest.raises(ConversationError, match="line 1 is longer than .* one record a line"):
+        load(write(tmp_path, good("x" * 200)), image_dir)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConversationError, match="permission denied. Change its permissions"):
+        load(write_bytes(tmp_path), image_dir)
+
+
+def write_bytes(tmp_path: Path) -> Path:
+    os.close(os.open(tmp_path / "closed.jsonl", os.O_CREAT))
+    return tmp_path / "closed.jsonl"
+
+
+def test_image_folder_that_is_not_there(tmp_path):
+    """It is said where an image is asked for; texts alone need none."""
+    path = write(tmp_path, good("a", "a.jpg"))
+    with pytest.raises(ConversationError, match="line 1: .*image folder .*no, which is no folder"):
+        load_conversations(path, tmp_path / "no")
+    assert len(load_conversations(write(tmp_path, good("a")), tmp_path / "no")) == 1
+
+
+def test_paths_inside_stay_allowed(tmp_path, image_dir):
+    """Absolute, with dots or by a link: what stays inside is fine, and so is a linked folder."""
+    (image_dir / "same.jpg").symlink_to("a.jpg")
+    (tmp_path / "linked").symlink_to(image_dir)
+    for folder in (image_dir, tmp_path / "linked", f"{image_dir}/", image_dir / "." / ""):
+        found = ImageFolder(folder)
+        for name in ("a.jpg", str(image_dir / "a.jpg"), "./b.jpg", "../images/c.jpg", "same.jpg"):
+            assert Path(found.find(name, "here")).is_file()
+    assert ImageFolder("/").find(str(image_dir / "a.jpg"), "here") == str(image_dir / "a.jpg")
+
+
+# ---------------------------------------------------------------- going on without bad samples
+
+
+def test_going_on_without_bad_lines(tmp_path, image_dir, capsys):
+    """All are counted and the first ten shown; order and origin of the rest are kept."""
+    lines = [good(str(i), "a.jpg" if i % 2 else "no.jpg") for i in range(30)]
+    path = write(tmp_path, *lines[:3], "", *lines[3:])
+    records = load_conversations(path, image_dir, skip_bad=True)
+    assert records["id"] == [str(i) for i in range(1, 30, 2)]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{path}: 15 of 30 samples are bad and left out:"
+    assert len(printed) == 12 and printed[-1] == "  and 5 more"
+    assert printed[1].startswith(f"  {path}, line 1: conversations[0].images: 'no.jpg'")
+    assert records.origin.where(0) == f"{path}, line 2"
+    assert records.origin.where(1) == f"{path}, line 5", "the blank line counts"
+    (image_dir / "a.jpg").unlink()
+    with pytest.raises(
+        ConversationError, match="all of the 30 samples are bad. .*line 1: .*no.jpg"
+    ):
+        load_conversations(path, image_dir, skip_bad=True)
+
+
+def test_skipping_without_bad_samples_changes_nothing(tmp_path, image_dir, capsys):
+    path = write(tmp_path, good("a", "a.jpg"), good("b"))
+    records = load_conversations(path, image_dir, skip_bad=True)
+    assert records[:] == load_conversations(path, image_dir)[:]
+    assert "bad" not in capsys.readouterr().out
+
+
+def test_ranks_agree(monkeypatch):
+    """What one rank finds, all know; the first by number is the error."""
+    theirs = {1: "theirs", 7: "also theirs"}
+
+    def gather(shares, mine):
+        shares[:] = [mine, theirs]
+
+    monkeypatch.setattr(errors.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(errors.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(errors.dist, "all_gather_object", gather)
+
+    def refuse(sample):
+        raise ConversationError(f"mine {sample}")
+
+    bad = errors.find_bad([(3, "c")], refuse, True)
+    assert bad == {1: "theirs", 3: "mine c", 7: "also theirs"} and list(bad) == [1, 3, 7]
+    with pytest.raises(ConversationError, match="theirs .*--skip_bad_samples"):
+        errors.settle(bad, 10, "data", False)
+
+
+# ---------------------------------------------------------------- images
+
+
+def bomb() -> bytes:
+    """A PNG that claims a hundred thousand pixels each way."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def cut(format: str, **options) -> bytes:
+    content = encoded(format, **options)
+    return content[: len(content) * 2 // 3]
+
+
+def damaged_png() -> bytes:
+    """Its end is whole."""
+    content = bytearray(encoded("PNG"))
+    content[len(content) // 2] ^= 0xFF
+    return bytes(content)
+
+
+IMAGES = {
+    "text": (b"this is no image", "it is no image"),
+    "html": (b"<!DOCTYPE html><html>404</html>", "it is no image"),
+    "zeros": (bytes(2000), "it is no image"),
+    "jpeg header alone": (encoded("JPEG")[:4], "cannot read"),
+    "cut jpeg": (cut("JPEG"), "truncated"),
+    "cut progressive jpeg": (cut("JPEG", progressive=True), "truncated"),
+    "jpeg without its last byte": (encoded("JPEG")[:-30], "truncated"),
+    "cut png": (cut("PNG"), "truncated|cannot read"),
+    "cut gif": (cut("GIF"), "truncated"),
+    "cut bmp": (cut("BMP"), "truncated"),
+    "cut tiff": (cut("TIFF"), "cannot read"),
+    "cut webp": (cut("WEBP", lossless=True), "cannot read"),
+    "bomb": (bomb(), "absurdly large"),
+    "too long": (encoded("PNG", Image.new("L", (1, 5000))), "too long and thin for num_crops=4"),
+    "too wide": (encoded("PNG", Image.new("L", (5000, 1))), "too long and thin for num_crops=4"),
+}
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
+    """
+    File, line, sample, field, path, reason, way out; of few images, which are decoded, and of many.
+    In training the same without the line.
+    """
+    monkeypatch.setattr(images, "MAX_DECODED", 500 if few else 0)
+    content, reason = IMAGES[kind]
+    (image_dir / "bad.jpg").write_bytes(content)
+    records = load_conversations(
+        write(tmp_path, good("fine", "a.jpg"), good("x-1", "b.jpg", "bad.jpg")), image_dir
+    )
+    monkeypatch.setattr(demo_processor.image_processor, "num_crops", 4)
+    monkeypatch.setattr(demo_processor.image_processor, "crop_size", {"height": 336, "width": 336})
+    with pytest.raises(ConversationError, match=reason) as caught:
+        check_images(records, "train", demo_processor, arguments())
+    where = f"{tmp_path / 'data.jsonl'}, line 2: sample 'x-1', conversations[0].images[1]: "
+    text = str(caught.value)
+    assert text.startswith(f"{where}cannot read {image_dir / 'bad.jpg'}: ")
+    assert "Replace the image or remove the sample" in text and "\n" not in text
+    kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
+    assert [record["id"] for record in kept] == ["fine"]
+    message = f"sample 'x-1': cannot read {image_dir / 'bad.jpg'}: "
+    with pytest.raises(ConversationError) as caught:
+        load_images(records[1], demo_processor.image_processor)
+    assert str(caught.value).startswith(message)
+
+
+GOOD_IMAGES = {
+    "jpeg": encoded("JPEG"),
+    "progressive": encoded("JPEG", progressive=True),
+    "jpeg with padding": encoded("JPEG") + bytes(3000),
+    "jpeg with something behind it": encoded("JPEG") + b"camera notes",
+    "png": encoded("PNG"),
+    "png with something behind it": encoded("PNG") + b"notes",
+    "gif": encoded("GIF"),
+    "bmp": encoded("BMP"),
+    "tiff": encoded("TIFF"),
+    "webp": encoded("WEBP"),
+    "lossless webp": encoded("WEBP", lossless=True),
+    "animated gif": encoded("GIF", save_all=True, append_images=[noise()]),
+    "animated png": encoded("PNG", save_all=True, append_images=[noise()]),
+    "palette": encoded("PNG", noise().convert("P")),
+    "cmyk": encoded("JPEG", noise().convert("CMYK")),
+    "16 bits": encoded("PNG", Image.new("I;16", (30, 20))),
+}
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("kind", GOOD_IMAGES)
+def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
+    """No check refuses what decodes; and the pixels are those of PIL."""
+    monkeypatch.setattr(images, "MAX_DECODED", 500 if few else 0)
+    path = image_dir / "good"
+    path.write_bytes(GOOD_IMAGES[kind])
+    records = load_conversations(write(tmp_path, good("x", "good")), image_dir)
+    assert check_images(records, "train", demo_processor, arguments()) is records
+    [image] = load_images(records[0])
+    assert image.convert("RGB").tobytes() == Image.open(path).convert("RGB").tobytes()
+    assert image_sizes(records[0]) == [image.size]
+
+
+def test_damage_inside_of_few_images(demo_processor):
+    """Is found before the start, since they are decoded. None at all are an error too."""
+    with pytest.raises(ConversationError, match="eval: there are no samples"):
+        check_images([], "eval", demo_processor, arguments())
+    record = check_record(good("x"), "here")
+    record["conversations"][0]["images"] = [damaged_png()]
+    with pytest.raises(ConversationError, match="sample 'x'.*broken data stream"):
+        check_images([record], "train", demo_processor, arguments())
+
+
+def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
+    """Of JPEG, PNG and WebP, the header and the last bytes are enough."""
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    for kind in ("jpeg", "progressive", "png", "webp", "lossless webp"):
+        images.check_image(GOOD_IMAGES[kind], "here", demo_processor.image_processor)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (None, "it is None, and neither a path nor"),
+        ({"bytes": None, "path": None}, "it is None, and neither a path nor"),
+        ({"bytes": b"", "path": "a.jpg"}, r"it is empty \(0 bytes\)"),
+        (3, "it is 3, and neither"),
+        (b"", r"it is empty \(0 bytes\)"),
+        ("/no/such.jpg", "/no/such.jpg: there is no such file"),
+        ("/tmp", "/tmp: it is a folder"),
+        ("a\0b", "embedded null byte"),
+        ("a" * 5000, "File name too long"),
+        (Image.new("La", (2, 2)), "mode La cannot be converted to RGB"),
+        (Image.new("RGB", (0, 5)), "0 pixels is empty"),
+    ],
+)
+def test_images_of_rows(demo_processor, image, reason):
+    """Whatever stands in the place of an image is answered, also where no check came before."""
+    record = check_record(good("x"), "here")
+    record["conversations"][0]["images"] = [image]
+    for read in (
+        lambda: load_images(record, demo_processor.image_processor),
+        lambda: check_images([record], "train", demo_processor, arguments()),
+    ):
+        with pytest.raises(ConversationError, match=f"sample 'x'.*{reason}"):
+            read()
+
+
+def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, monkeypatch):
+    """Above the limit, an even sample is looked at, and the command for all is told."""
+    monkeypatch.setattr(images, "MAX_CHECKED", 20)
+    lines = [good(str(i), "a.jpg", "b.jpg") for i in range(40)]
+    (image_dir / "bad.jpg").write_bytes(b"no")
+    lines[1] = good("1", "a.jpg", "bad.jpg")
+    records = load_conversations(write(tmp_path, *lines), image_dir)
+    assert check_images(records, "train", demo_processor, arguments()) is records
+    said = capsys.readouterr().out
+    assert "train: looked at the images of 10 of 40 samples, evenly spaced. All of them: " in said
+    command = f"data.jsonl --image_dir {image_dir} --num_crops 4"
+    assert "python -m phi3v.conversations /" in said and command in said
+    for flags in ({"max_length": 10}, {"pack_length": 10}, {"skip_bad_samples": True}):
+        if "skip_bad_samples" in flags:
+            assert len(check_images(records, "train", demo_processor, arguments(**flags))) == 39
+        else:
+            with pytest.raises(ConversationError, match="line 2: sample '1'"):
+                check_images(records, "train", demo_processor, arguments(**flags))
+        assert "evenly" not in capsys.readouterr().out
+
+
+def test_ranks_share_the_work(demo_processor, monkeypatch):
+    """Each looks at a part; every machine looks at all."""
+    monkeypatch.setattr(images.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(images.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(
+        images.dist, "all_gather_object", lambda shares, mine: shares.__setitem__(0, mine)
+    )
+    looked = []
+    monkeypatch.setattr(images, "read_image", lambda image, *rest: looked.append(image))
+    records = [check_record(good(str(i), str(i)), "") for i in range(7)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        check_images(records, "train", demo_processor, arguments())
+    assert sorted(looked) == [str(i) for i in range(7)]
+
+
+def test_plain_message_of_a_worker(tmp_path, image_dir, demo_processor):
+    """An image that breaks during training: one line with the sample and the path."""
+    records = load_conversations(write(tmp_path, good("x-3", "a.jpg")), image_dir)
+    (image_dir / "a.jpg").write_bytes(b"overwritten")
+    expected = (
+        f"sample 'x-3': cannot read {image_dir / 'a.jpg'}: it is no image, or its first bytes are "
+        "broken. Replace the image or remove the sample."
+    )
+    for workers in (0, 1):
+        loader = DataLoader(
+            records, collate_fn=TrainingCollator(demo_processor), num_workers=workers
+        )
+        with pytest.raises(ConversationError) as caught:
+            next(iter(loader))
+        assert plain_message(caught.value) == expected
+
+
+# ---------------------------------------------------------------- rows
+
+
+def rows_of(tmp_path: Path, *rows: dict) -> Path:
+    return write_parquet(tmp_path / "rows", "train", list(rows))
+
+
+def load(path: Path, **options) -> datasets.Dataset:
+    return load_rows(str(path), [CAULDRON_COLUMNS], **options)
+
+
+def row(index: int = 0) -> dict:
+    return cauldron_row(index, 1, ("a?", "1"), ("b?", "2"))
+
+
+def broken_parquet(tmp_path: Path, break_it) -> Path:
+    folder = rows_of(tmp_path, row())
+    [path] = folder.glob("*.parquet")
+    path.write_bytes(break_it(path.read_bytes()))
+    return folder
+
+
+def saved(tmp_path: Path, break_it) -> Path:
+    load(rows_of(tmp_path, row())).save_to_disk(tmp_path / "saved")
+    break_it(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def typed(tmp_path: Path, **columns) -> Path:
+    dataset = datasets.Dataset.from_dict(columns)
+    (tmp_path / "typed").mkdir()
+    dataset.to_parquet(tmp_path / "typed" / "train.parquet")
+    return tmp_path / "typed"
+
+
+TEXTS = [[{"user": "a", "assistant": "b"}]]
+PICTURE = {"bytes": encoded("PNG"), "path": None}
+
+SOURCES = {
+    "no folder": (lambda p: p / "no", "there is no such folder. Give a hub id"),
+    "empty folder": (lambda p: (p / "void").mkdir() or p / "void", "cannot load split 'train'"),
+    "a file": (lambda p: write(p, "x"), "cannot load split 'train' of"),
+    "cut parquet": (
+        lambda p: broken_parquet(p, lambda content: content[:-20]),
+        r"train-00000-of-00001.parquet is broken .*replace the file",
+    ),
+    "empty parquet file": (
+        lambda p: broken_parquet(p, lambda content: b""),
+        r"train-00000-of-00001.parquet is broken .*replace the file",
+    ),
+    "text as parquet": (
+        lambda p: broken_parquet(p, lambda content: b"id,images\n" * 100),
+        r"train-00000-of-00001.parquet is broken .*replace the file",
+    ),
+    "zeros in a parquet file": (
+        lambda p: broken_parquet(p, lambda content: content[:20] + bytes(300) + content[320:]),
+        "cannot load split 'train' of",
+    ),
+    "saved without data": (
+        lambda p: saved(p, lambda f: next(f.glob("*.arrow")).unlink()),
+        "cannot load split 'train' of",
+    ),
+    "saved with cut data": (
+        lambda p: saved(p, lambda f: os.truncate(next(f.glob("*.arrow")), 100)),
+        "cannot load split 'train' of|cannot read",
+    ),
+    "saved with a broken state": (
+        lambda p: saved(p, lambda f: (f / "state.json").write_text("{")),
+        "cannot load split 'train' of",
+    ),
+    "saved with a broken info": (
+        lambda p: saved(p, lambda f: (f / "dataset_info.json").write_text("[]")),
+        "cannot load split 'train' of",
+    ),
+    "no rows": (
+        lambda p: typed(p, images=[], texts=[]),
+        "no rows|cannot load split 'train' of|column",
+    ),
+    "texts a string": (
+        lambda p: typed(p, images=[[PICTURE]], texts=["a"]),
+        "column texts must hold a list of {user, assistant}.*Convert",
+    ),
+    "texts of other fields": (
+        lambda p: typed(p, images=[[PICTURE]], texts=[[{"question": "a"}]]),
+        "column texts must hold a list of {user, assistant}.*question",
+    ),
+    "texts of numbers": (
+        lambda p: typed(p, images=[[PICTURE]], texts=[[{"user": 1, "assistant": 2}]]),
+        "column texts must hold a list of {user, assistant}",
+    ),
+    "texts an object": (
+        lambda p: typed(p, images=[[PICTURE]], texts=[{"user": "a", "assistant": "b"}]),
+        "column texts must hold a list of {user, assistant}",
+    ),
+    "images a string": (
+        lambda p: typed(p, images=["a.jpg"], texts=TEXTS),
+        "column images must hold a list of images",
+    ),
+    "images paths": (
+        lambda p: typed(p, images=[["a.jpg"]], texts=TEXTS),
+        "column images must hold a list of images",
+    ),
+    "all images null": (
+        lambda p: typed(p, images=[None], texts=TEXTS),
+        "column images must hold a list of images",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SOURCES if SOURCES[kind][1]])
+def test_sources_of_rows(tmp_path, kind):
+    """A broken dataset is one message that names it and, where it is one file, the file."""
+    make, message = SOURCES[kind]
+    path = make(tmp_path)
+    with pytest.raises(ConversationError, match=message) as caught:
+        cauldron_records(load(path), "task")[0]
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text
+
+
+def test_splits_of_rows(tmp_path):
+    """A split that is not there, in either kind of folder; and none left to evaluate on."""
+    folder = rows_of(tmp_path, row(), row(1))
+    with pytest.raises(ConversationError, match="split 'test' of .*test"):
+        load(folder, split="test")
+    datasets.DatasetDict({"train": load(folder)}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(ConversationError, match="no split 'test', only train"):
+        load(tmp_path / "dict", split="test")
+    for count in (0, -1):
+        with pytest.raises(ConversationError, match=f"--num_eval_rows is {count}.*Raise it"):
+            split_rows(load(folder), count)
+
+
+BAD_ROWS = {
+    "no images": ({**row(), "images": []}, "row 1: images is empty"),
+    "images null": ({**row(), "images": None}, "row 1: images is empty"),
+    "no texts": ({**row(), "texts": []}, "row 1: texts is empty"),
+    "texts null": ({**row(), "texts": None}, "row 1: texts is empty"),
+    "a text that is null": ({**row(), "texts": [None]}, r"row 1(: texts\[0\] is null|, texts)"),
+    "user null": (
+        cauldron_row(1, 1, (None, "1")),
+        r"row 1, texts\[0\]: conversations\[0\].user must be a string, not null",
+    ),
+    "empty answer": (cauldron_row(1, 1, ("a?", "1"), ("b?", "")), r"row 1, texts\[1\].*is empty"),
+    "control token": (cauldron_row(1, 1, ("a<|user|>", "1")), r"row 1, texts\[0\].*'<\|user\|>'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_rows(tmp_path, kind, capsys):
+    """A bad row is named before the start, and only what is bad of it is left out."""
+    bad, message = BAD_ROWS[kind]
+    rows = load(rows_of(tmp_path, row(0), bad, row(2)))
+    with pytest.raises(ConversationError, match=message) as caught:
+        cauldron_records(rows, "task")
+    assert str(caught.value).startswith(f"{tmp_path / 'rows'}: task, row 1")
+    records = cauldron_records(rows, "task", skip_bad=True)
+    ids = [record["id"] for record in records if not record["id"].startswith("task-1-")]
+    assert ids == ["task-0-0", "task-0-1", "task-2-0", "task-2-1"]
+    assert len(records) == 4 + (kind == "empty answer")
+    assert "samples are bad and left out" in capsys.readouterr().out
+
+
+def test_broken_image_bytes_of_rows(tmp_path, demo_processor):
+    """The rows that can be read are kept."""
+    rows = [row(0), row(1), row(2)]
+    contents = [PICTURE, {"bytes": cut("PNG"), "path": None}, {"bytes": None, "path": None}]
+    path = typed(tmp_path, images=[[c] for c in contents], texts=[r["texts"] for r in rows])
+    records = cauldron_records(load(path), "task")
+    assert isinstance(records, Records) and len(records) == 6
+    with pytest.raises(ConversationError, match=r"sample 'task-1-0', conversations\[0\].images\[0"):
+        check_images(records, "train", demo_processor, arguments())
+    kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
+    assert [record["id"] for record in kept] == ["task-0-0", "task-0-1"]
+
+
+def test_rows_that_were_selected_before_they_were_saved(tmp_path):
+    """Rows are counted in their own order, not in that of the files."""
+    rows = load(rows_of(tmp_path, row(0), {**row(1), "images": []}, row(2)))
+    rows.select([2, 0]).save_to_disk(tmp_path / "selected")
+    assert len(cauldron_records(load(tmp_path / "selected"), "task")) == 4
+
+
+FIELDS = {"id": (str, int), "img": str, "label": int}
+BAD_FIELDS = {
+    "misspelt": ({"id": 2, "image": "a", "label": 1}, "line 2 does not have the fields img"),
+    "null": ({"id": 2, "img": None, "label": 1}, "line 2: img must be of type str, not NoneType"),
+    "a list": ({"id": [2], "img": "a", "label": 1}, "line 2: id must be of type str or int, not l"),
+    "id of line 1": ({"id": 1, "img": "a", "label": 1}, "line 2: id 1 is that of line 1 too"),
+    "a list for an object": ("[1]", "line 2 does not have the fields id, img, label"),
+    "not JSON": ("{", "line 2: not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FIELDS)
+def test_fields_of_json_lines(tmp_path, kind):
+    """The challenge's own files: fields, types and ids."""
+    line, message = BAD_FIELDS[kind]
+    first, last = ({"id": i, "img": "a", "label": 0} for i in (1, 3))
+    path = write(tmp_path, first, line, last)
+    with pytest.raises(ConversationError, match=f"data.jsonl, {message}"):
+        read_fields(path, FIELDS, unique="id")
+    kept = read_fields(path, FIELDS, unique="id", skip_bad=True)
+    assert [row["id"] for _, row in kept] == [1, 3] and kept[1][0].endswith("line 3")
+    assert len(read_fields(write(tmp_path, first, last), {"id", "img"})) == 2
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_checking_a_good_file(tmp_path, image_dir, demo_checkpoint, capsys):
+    """Status 0, and a summary with the lengths that training will see."""
+    turns = [*good("b", "a.jpg", "b.jpg")["conversations"], {"user": "And?", "assistant": "Yes"}]
+    path = write(tmp_path, good("a"), {"id": "b", "conversations": turns})
+    flags = ["--image_dir", str(image_dir), "--num_crops", "2"]
+    assert check([str(path), *flags, "--model_name_or_path", str(demo_checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 samples, 0 of them bad" in printed and "without an answer: 0" in printed
+    assert "3 turns, 2 images, 1 samples without an image" in printed
+    assert "\ntokens a sample: min " in printed and ", 99 % " in printed
+
+
+def test_checking_a_bad_file(tmp_path, image_dir, capsys):
+    """Status 1; every bad sample is listed, and every image is decoded."""
+    (image_dir / "a.jpg").write_bytes(damaged_png())
+    path = write(tmp_path, good("a", "a.jpg"), good("b", "b.jpg"), good("c", assistant=""), "{")
+    assert check([str(path), "--image_dir", str(image_dir), "--model_name_or_path", "/no"]) == 1
+    printed = capsys.readouterr().out
+    assert "--model_name_or_path /no cannot be loaded, so only the tokens of images" in printed
+    for line in (1, 3, 4):
+        assert f"{path}, line {line}: " in printed
+    assert "4 samples, 3 of them bad" in printed and "without an answer: 1" in printed
+    assert "\nimage tokens a sample: min 1,921" in printed
+    assert check([str(write(tmp_path, "")), "--image_dir", str(image_dir)]) == 1
+    assert "the file has no records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["data.jsonl"], "--image_dir"),
+        (["none.jsonl", "--image_dir", "images"], "FILE 'none.jsonl' is no file"),
+        (["data.jsonl", "--image_dir", "no"], "--image_dir 'no' is no folder"),
+        (["data.jsonl", "--image_dir", "images", "--num_crops", "17"], "must be 1 to 16"),
+    ],
+)
+def test_wrong_commands(tmp_path, image_dir, capsys, monkeypatch, flags, message):
+    """Status 2, and what to change."""
+    write(tmp_path, good())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        check(flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,292 @@
+"""Which checkpoints count, what a run may resume from, and failures with a message."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phi3v.checkpoints import (
+    COMPLETE,
+    CheckpointCallback,
+    check_free_space,
+    checkpoints,
+    find_checkpoint,
+    fingerprint,
+    incompleteness,
+)
+from phi3v.collators import TrainingCollator
+from phi3v.failures import LossWatch, RunError, explanation
+from phi3v.files import finished_files, write_json
+from phi3v.training import load_model, load_processor, make_training_arguments
+from test_collators import RECORDS
+from test_training import arguments, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def trained(checkpoint, folder, *flags, records=RECORDS):
+    """A short run that saves a checkpoint at every step; its arguments."""
+    args = arguments(checkpoint, folder, "--batch_size", "1", "--save_steps", "1", *flags)
+    trainer = make_trainer(args, records)
+    trainer.add_callback(CheckpointCallback(args, load_processor(args), records))
+    trainer.train()
+    return args
+
+
+@pytest.fixture(scope="module")
+def run(demo_checkpoint, tmp_path_factory):
+    """An output folder with the checkpoints of three steps, the oldest deleted."""
+    folder = tmp_path_factory.mktemp("run")
+    trained(demo_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "output")
+
+
+def resume(demo_checkpoint, folder, *flags, records=RECORDS) -> str | None:
+    flags = ("--batch_size", "1", "--resume_from_checkpoint", *flags)
+    return find_checkpoint(arguments(demo_checkpoint, folder, *flags), records)
+
+
+def test_newest_complete_one(demo_checkpoint, copy):
+    """Two are kept, both whole; the newest is taken; a folder without any starts anew."""
+    kept = checkpoints(copy)
+    assert [path.name for path in kept] == ["checkpoint-2", "checkpoint-3"]
+    assert resume(demo_checkpoint, copy) == str(kept[1])
+    assert resume(demo_checkpoint, copy, str(kept[0])) == str(kept[0])
+    assert resume(demo_checkpoint, copy.parent) is None
+
+
+@pytest.mark.parametrize("damage", ["no marker", "half a marker", "file gone", "file cut"])
+def test_a_half_written_one_does_not_count(demo_checkpoint, copy, damage):
+    """Nor does it hide the one before it. Named by its path, it is refused with the reason."""
+    newest = checkpoints(copy)[-1]
+    if damage == "no marker":
+        (newest / COMPLETE).unlink()
+    elif damage == "half a marker":
+        (newest / COMPLETE).write_text((newest / COMPLETE).read_text()[:100])
+    elif damage == "file gone":
+        (newest / "optimizer.pt").unlink()
+    else:
+        content = (newest / "model.safetensors").read_bytes()
+        (newest / "model.safetensors").write_bytes(content[:-1])
+    assert resume(demo_checkpoint, copy) == str(copy / "checkpoint-2")
+    with pytest.raises(RunError, match="checkpoint-3: (it is not complete|.* is missing)"):
+        resume(demo_checkpoint, copy, str(newest))
+
+
+def test_the_next_checkpoint_removes_broken_ones(demo_checkpoint, tmp_path):
+    """Left-overs of a killed run go, and do not push out whole ones."""
+    (tmp_path / "checkpoint-9").mkdir()
+    trained(demo_checkpoint, tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (("--batch_size", "3"), "batch_size is 3, the checkpoint has 1"),
+        (("--use_lora",), "use_lora is True, the checkpoint has False"),
+        (("--learning_rate", "1"), "learning_rate is 1.0, the checkpoint has 4e-05"),
+        (("--num_train_epochs", "2"), "num_train_epochs is 2.0"),
+    ],
+)
+def test_other_settings_are_refused(demo_checkpoint, copy, flags, difference):
+    """What would end with other weights is named, with both values."""
+    with pytest.raises(RunError, match=difference):
+        resume(demo_checkpoint, copy, *flags)
+
+
+def test_other_processes_or_data_are_refused(demo_checkpoint, copy, monkeypatch):
+    """So are another number of processes, and other samples."""
+    with pytest.raises(RunError, match="training data is '2 samples"):
+        resume(demo_checkpoint, copy, records=RECORDS[:2])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="processes is 2, the checkpoint has 1"):
+        resume(demo_checkpoint, copy, "--batch_size", "2")
+
+
+def test_harmless_settings_may_change(demo_checkpoint, copy):
+    """Evaluation, workers and how often to save have no part in the weights."""
+    flags = ("--eval_steps", "7", "--max_new_tokens", "3", "--save_steps", "5")
+    assert resume(demo_checkpoint, copy, *flags)
+
+
+def test_fingerprint():
+    """A changed word, answer, order or image is another dataset; another folder is not."""
+    assert fingerprint(RECORDS) == fingerprint(list(RECORDS))
+    assert fingerprint(RECORDS) != fingerprint(RECORDS[::-1])
+    changed = json.loads(json.dumps([{**r, "conversations": []} for r in RECORDS]))
+    assert fingerprint(RECORDS) != fingerprint(changed)
+    assert fingerprint([RECORDS[:2]]) != fingerprint([RECORDS[1:]])
+
+
+def test_results_are_not_overwritten(demo_checkpoint, copy):
+    """A new run is refused beside another's results, and replaces them where it is told to."""
+    with pytest.raises(RunError, match="holds checkpoint-2 of another run.*overwrite_output_dir"):
+        find_checkpoint(arguments(demo_checkpoint, copy), RECORDS)
+    (copy / "notes.txt").write_text("mine")
+    assert find_checkpoint(arguments(demo_checkpoint, copy, "--overwrite_output_dir"), []) is None
+    assert checkpoints(copy) == [] and (copy / "notes.txt").exists()
+    (copy / "eval_before.json").write_text("{}")
+    with pytest.raises(RunError, match="holds eval_before.json"):
+        find_checkpoint(arguments(demo_checkpoint, copy, "--eval_only"), [])
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    """An error on the way leaves the old files and nothing else."""
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    with pytest.raises(OSError, match="full"), finished_files(tmp_path) as folder:
+        (folder / "b").write_text("half")
+        raise OSError("full")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    with finished_files(tmp_path) as folder:
+        (folder / "b").mkdir()
+        (folder / "b" / "c").write_text("whole")
+    assert (tmp_path / "b" / "c").read_text() == "whole" and not folder.exists()
+
+
+def test_no_room_is_found_at_the_start(tmp_path, monkeypatch):
+    """What is free is held against weights and checkpoints: an existing folder is not needed."""
+    model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB, and 8 MB of moments
+    usage = SimpleNamespace(free=4_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    folder = tmp_path / "a" / "b"
+    check_free_space(folder, model, with_checkpoints=False, keep=2)
+    usage.free = 4_000_000 + 3 * 12_000_000
+    check_free_space(folder, model, with_checkpoints=True, keep=2)
+    usage.free -= 1
+    with pytest.raises(RunError, match=r"will write up to 0.0 GB, .* lower --save_total_limit"):
+        check_free_space(folder, model, with_checkpoints=True, keep=2)
+
+
+def test_a_checkpoint_that_is_overwritten_stops_counting(run, copy, demo_checkpoint, monkeypatch):
+    """Resumed from an earlier one, the run writes the later one anew: half of it must not count."""
+    args = arguments(demo_checkpoint, copy, "--batch_size", "1", "--save_steps", "1")
+    trainer = make_trainer(args)
+    trainer.add_callback(CheckpointCallback(args, load_processor(args), RECORDS))
+    states = []
+    monkeypatch.setattr(
+        trainer,
+        "_save_optimizer_and_scheduler",
+        lambda path: states.append(incompleteness(Path(path))),
+    )
+    trainer.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+    assert states and "not complete" in states[0]
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_full_disk_is_named(tmp_path):
+    """A full disk, in whatever words a library says it, names the path and the way on."""
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    assert "cannot write /data/x: the disk is full" in explanation(args, full)
+    said = RuntimeError("I/O error: No space left on device (os error 28)")
+    assert f"cannot write {tmp_path}: the disk is full" in explanation(args, said)
+    assert explanation(args, OSError(errno.ENOENT, "no such file")) is None
+    assert explanation(args, RuntimeError("something else")) is None
+
+
+def test_out_of_memory_says_what_to_lower():
+    text = explanation(SimpleNamespace(output_dir="."), torch.OutOfMemoryError("CUDA"))
+    assert (
+        text.index("--batch_size_per_gpu") < text.index("--num_crops") < text.index("--use_qlora")
+    )
+
+
+def test_a_loss_that_is_not_finite(demo_checkpoint, tmp_path):
+    """The run ends at that step, and names the samples of its batch."""
+    args = arguments(demo_checkpoint, tmp_path, "--batch_size", "1")
+    records = [{**one, "id": f"sample-{i}"} for i, one in enumerate(RECORDS)]
+    trainer = make_trainer(args, records)
+    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
+    trainer.add_callback(LossWatch())
+    seen = []
+
+    def poison(module, inputs, named_inputs):
+        seen.append(1)
+        if len(seen) == 2:
+            with torch.no_grad():
+                module.lm_head.weight.fill_(float("nan"))
+
+    trainer.model.register_forward_pre_hook(poison, with_kwargs=True)
+    with pytest.raises(RunError, match=r"the loss of step 2 is nan, in the batch of 'sample-\d'"):
+        trainer.train()
+
+
+def test_loss_scale_at_its_minimum():
+    """fp16 that overflows again and again ends the run; a scale that works does not."""
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 0.5))
+    with pytest.raises(RunError, match="Use --bf16 .* or lower --learning_rate"):
+        LossWatch().on_log(None, None, None, optimizer=optimizer)
+    optimizer.scaler.get_scale = lambda: 1024.0
+    LossWatch().on_log(None, None, None, optimizer=optimizer)
+    text = explanation(None, Exception("Current loss scale already at minimum - cannot decrease"))
+    assert "fp16 overflows" in text
+
+
+# ---------------------------------------------------------------- model folders
+
+
+def wrong_folder(demo_checkpoint, folder, what: str):
+    shutil.copytree(demo_checkpoint, folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if what == "adapter":
+        config.rename(folder / "adapter_config.json")
+    elif what == "no config":
+        config.unlink()
+    elif what == "broken config":
+        config.write_text("{")
+    elif what == "other model":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "llama"}))
+    elif what == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif what == "no tokenizer":
+        for path in folder.glob("*token*"):
+            path.unlink()
+    elif what == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        tensors = load_file(weights)
+        if what == "missing tensor":
+            del tensors["model.norm.weight"]
+        else:
+            tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("adapter", "holds an adapter, not a model. Give the folder that --merge_lora wrote"),
+        ("no config", "holds no config.json: it is not a model's folder"),
+        ("broken config", "config.json is broken"),
+        ("other model", "is a model of type 'llama', not Phi-3.5-vision's 'phi3_v'"),
+        ("pickle", "holds no weights as .safetensors"),
+        ("no tokenizer", "has no processor that loads"),
+        ("cut weights", "does not load"),
+        ("missing tensor", "lacks 1 of the model's tensors, model.norm.weight among them"),
+        ("misshapen tensor", "does not load"),
+    ],
+)
+def test_wrong_model_folders(demo_checkpoint, tmp_path, what, message):
+    """What is not a whole checkpoint of this model is refused, with what is wrong with it."""
+    wrong_folder(demo_checkpoint, tmp_path / "model", what)
+    args = arguments(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(RunError, match=message) as refused:
+        load_processor(args)
+        load_model(args, make_training_arguments(args))
+    assert f"--model_name_or_path {tmp_path / 'model'}" in str(refused.value)
