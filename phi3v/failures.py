@@ -21,6 +21,8 @@ from transformers import TrainerCallback
 from .errors import ConversationError, plain_message
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What gloo and NCCL say.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 OUT_OF_MEMORY = (
     "the GPU has no memory left. Lower, in this order: --batch_size_per_gpu (with the same "
     "--batch_size the result stays the same), --eval_batch_size_per_gpu where it was evaluating, "
@@ -70,11 +72,15 @@ def explanation(args: argparse.Namespace, error: BaseException) -> str | None:
     if "loss scale already at minimum" in str(error):  # DeepSpeed
         return OVERFLOW
     if _disk_is_full(args, error):
-        path = getattr(error, "filename", None) or args.output_dir
+        # A copy has two names; the second one is written.
+        names = (getattr(error, name, None) for name in ("filename2", "filename"))
+        path = next(filter(None, names), args.output_dir)
         return (
             f"cannot write {path}: the disk is full ({error}). Free some space, then go on with "
             "--resume_from_checkpoint; complete checkpoints are untouched."
         )
+    if any(sign in str(error) for sign in LOST_PEER):
+        return f"another rank is gone, and its own message says why ({error})"
     return None
 
 

@@ -161,7 +161,16 @@ def _meet_again(on_gpu: bool) -> None:
 
 def _prepare_deepspeed(on_gpu: bool) -> None:
     import deepspeed.ops
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
+    # DeepSpeed would load its checkpoints as pickles that may run code. These are all that it
+    # stores besides tensors.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals(
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    )
     if not on_gpu:
         # DeepSpeed's shared-memory collectives serve inference on CPUs. Training never uses them,
         # and compiling them takes two minutes at the first collective.

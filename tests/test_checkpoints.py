@@ -1,14 +1,18 @@
 """Which checkpoints count, what a run may resume from, and failures with a message."""
 
 import errno
+import gc
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from phi3v.checkpoints import (
     COMPLETE,
@@ -22,7 +26,12 @@ from phi3v.checkpoints import (
 from phi3v.collators import TrainingCollator
 from phi3v.failures import LossWatch, RunError, explanation
 from phi3v.files import finished_files, write_json
-from phi3v.training import load_model, load_processor, make_training_arguments
+from phi3v.training import (
+    _prepare_deepspeed,
+    load_model,
+    load_processor,
+    make_training_arguments,
+)
 from test_collators import RECORDS
 from test_training import arguments, make_trainer
 
@@ -186,6 +195,43 @@ def test_a_checkpoint_that_is_overwritten_stops_counting(run, copy, demo_checkpo
     assert states and "not complete" in states[0]
 
 
+def test_many_steps_hold_no_memory(demo_checkpoint, tmp_path):
+    """Hundreds of steps end with the memory that the first hundred had."""
+    args = arguments(demo_checkpoint, tmp_path, "--batch_size", "1", "--num_train_epochs", "130")
+    trainer = make_trainer(args)
+    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
+    held = {}
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 130 == 0:
+                gc.collect()
+                held[state.global_step] = psutil.Process().memory_info().rss / 1e6
+
+    for callback in (LossWatch(), CheckpointCallback(args, load_processor(args), RECORDS)):
+        trainer.add_callback(callback)
+    trainer.add_callback(Measure())
+    trainer.train()
+    assert list(held) == [130, 260, 390]
+    assert held[390] - held[130] < 20
+
+
+def test_no_code_of_an_optimizer_state_runs(tmp_path, monkeypatch):
+    """Under DeepSpeed too, which asks for plain pickles, a checkpoint cannot run code."""
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")  # put back after the test
+    _prepare_deepspeed(on_gpu=False)
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"state": Evil()}, tmp_path / "optim_states.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "optim_states.pt", weights_only=False)
+    assert not marker.exists()
+
+
 # ---------------------------------------------------------------- failures
 
 
@@ -194,10 +240,18 @@ def test_full_disk_is_named(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path))
     full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
     assert "cannot write /data/x: the disk is full" in explanation(args, full)
+    copied = OSError(errno.ENOSPC, "No space left on device", "/code/a.py", None, "/data/a.py")
+    assert "cannot write /data/a.py" in explanation(args, copied)
     said = RuntimeError("I/O error: No space left on device (os error 28)")
     assert f"cannot write {tmp_path}: the disk is full" in explanation(args, said)
     assert explanation(args, OSError(errno.ENOENT, "no such file")) is None
     assert explanation(args, RuntimeError("something else")) is None
+
+
+def test_a_lost_rank_points_to_its_own_message():
+    """The ranks that wait for one that died do not bury its message under tracebacks."""
+    lost = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:9938.")
+    assert "another rank is gone" in explanation(SimpleNamespace(output_dir="."), lost)
 
 
 def test_out_of_memory_says_what_to_lower():

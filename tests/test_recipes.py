@@ -171,6 +171,21 @@ def test_nlvr2_official_files(demo_processor, tmp_path):
         recipe("nlvr2").load_datasets(arguments)
 
 
+def test_nothing_is_fetched_for_local_folders(demo_checkpoint, tmp_path, monkeypatch):
+    """With a local model and local data, no connection is tried, not even for a look at the hub."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def refuse(*args):
+        raise AssertionError(f"a connection to {args[1:]}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(6)]
+    folder = write_parquet(tmp_path / "nlvr2", "train", rows)
+    flags = ("--dataset_name_or_path", folder, "--num_eval_rows", "2")
+    run("nlvr2", demo_checkpoint, tmp_path, monkeypatch, *flags)
+
+
 # ---------------------------------------------------------------- wrong datasets
 
 

@@ -117,10 +117,11 @@ def complete_checkpoint(folder: Path) -> bool:
     return any(incompleteness(path) is None for path in checkpoints(folder))
 
 
-def test_sigterm_saves_and_torchrun_goes_on(runs):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_torchrun_goes_on(runs, sent):
     """
-    SIGTERM to one rank: both finish the step, save and exit; torchrun starts them again, and the
-    run ends with the weights of one that was never stopped.
+    SIGTERM to one rank: both finish the step, save and exit. SIGKILL: the other one ends as well.
+    torchrun starts them again, and the weights become those of a run that was never stopped.
     """
     flags = ("--deepspeed", "none", "--num_train_epochs", "6")
     runs.finish("whole", 2, *flags)
@@ -128,10 +129,11 @@ def test_sigterm_saves_and_torchrun_goes_on(runs):
     while process.poll() is None and not complete_checkpoint(runs.folder / "stopped"):
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGTERM)
+    os.kill(int(workers[-1]), sent)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert "Stopped by SIGTERM after step" in output and "Resuming from" in output
+    assert ("Stopped by SIGTERM after step" in output) == (sent == signal.SIGTERM)
+    assert "Resuming from" in output
     whole, stopped = runs.weights("whole"), runs.weights("stopped")
     assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
 
