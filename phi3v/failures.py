@@ -3,6 +3,7 @@ Failures that a user can do something about: one message instead of a traceback.
 """
 
 import argparse
+import atexit
 import errno
 import os
 import shutil
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
@@ -46,6 +48,13 @@ class RunError(RuntimeError):
 def explain_failures(args: argparse.Namespace) -> None:
     """From here on, a failure that has an explanation ends the run with it, on every rank."""
     sys.excepthook = partial(_report, args)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    """End the process group's threads before Python does, which would abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _report(
@@ -54,6 +63,7 @@ def _report(
     error: BaseException,
     traceback: TracebackType | None,
 ) -> None:
+    atexit.unregister(_leave_group)  # it would wait for ranks that may be gone
     text = explanation(args, error)
     if text is None:
         sys.__excepthook__(kind, error, traceback)
