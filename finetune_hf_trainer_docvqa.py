@@ -26,7 +26,7 @@ import random
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import check_record
 from phi3v.errors import ConversationError, keep_good
@@ -90,9 +90,9 @@ def from_examples(rows, seed: int, skip_bad: bool) -> Records:
         row = texts[index]
         where, identifier = f"DocVQA row {index}", f"docvqa-{row.get('id', index)}"
         if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
-            raise ConversationError(f"{where}: answers must be texts, at least one.")
+            raise ConversationError(f"{where}: answers must be texts, at least one. Remove it.")
         if not (row["query"] or {}).get("en"):
-            raise ConversationError(f"{where}: query has no text `en`.")
+            raise ConversationError(f"{where}: query has no text `en`. Remove the row.")
         turn = {
             "images": images,
             "user": f"{row['query']['en']}\nAnswer briefly.",
@@ -122,7 +122,8 @@ def main():
     train_dataset = check_images(train_dataset, "training data", processor, args)
     eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
     train_dataset = fit_lengths(train_dataset, processor, args)
-    checkpoint = find_checkpoint(args, train_dataset)
+    settings = run_settings(args, train_dataset)
+    checkpoint = find_checkpoint(args, settings)
 
     model = load_model(args, training_args)
     trainer = Trainer(
@@ -133,7 +134,7 @@ def main():
         callbacks=[
             ThroughputCallback(),
             LossWatch(),
-            CheckpointCallback(args, processor, train_dataset),
+            CheckpointCallback(args, processor, settings),
         ],
     )
     set_learning_rates(trainer, args)

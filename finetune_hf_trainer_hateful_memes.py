@@ -27,10 +27,10 @@ from pathlib import Path
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ImageFolder, check_record
-from phi3v.errors import keep_good
+from phi3v.errors import ConversationError, keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.failures import LossWatch
 from phi3v.images import check_images
@@ -99,6 +99,8 @@ def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
 
     def make(key: tuple[str, dict]) -> dict:
         where, meme = key
+        if meme["label"] not in (0, 1):
+            raise ConversationError(f"{where}: label is {meme['label']}, not 0 or 1. Correct it.")
         turn = {
             "images": [images.find(meme["img"], f"{where}: img")],
             "user": QUESTION.format(text=meme["text"]),
@@ -128,7 +130,8 @@ def main():
     train_dataset = check_images(train_dataset, "training data", processor, args)
     eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
     train_dataset = fit_lengths(train_dataset, processor, args)
-    checkpoint = find_checkpoint(args, train_dataset)
+    settings = run_settings(args, train_dataset)
+    checkpoint = find_checkpoint(args, settings)
 
     model = load_model(args, training_args)
     trainer = Trainer(
@@ -139,7 +142,7 @@ def main():
         callbacks=[
             ThroughputCallback(),
             LossWatch(),
-            CheckpointCallback(args, processor, train_dataset),
+            CheckpointCallback(args, processor, settings),
         ],
     )
     set_learning_rates(trainer, args)

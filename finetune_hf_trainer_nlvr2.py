@@ -23,7 +23,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import check_record
 from phi3v.errors import ConversationError, keep_good
@@ -84,7 +84,7 @@ def load_datasets(args) -> tuple[Records, Records]:
     for index, count in enumerate(image_counts(rows)):
         if count != 2:
             raise ConversationError(
-                f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two."
+                f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two. Remove it."
             )
     train, evaluation = split_rows(rows, args.num_eval_rows)
     return tuple(
@@ -110,7 +110,9 @@ def official_records(path: Path, images: dict[str, str], args) -> Records:
         where, row = key
         names = image_names(row["identifier"])
         if missing := [name for name in names if name not in images]:
-            raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}.")
+            raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}. Add it.")
+        if str(row["label"]) not in ("True", "False"):
+            raise ConversationError(f"{where}: label must be True or False. Correct it.")
         turn = {
             "images": [images[name] for name in names],
             "user": QUESTION.format(sentence=row["sentence"]),
@@ -136,7 +138,8 @@ def main():
     train_dataset = check_images(train_dataset, "training data", processor, args)
     eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
     train_dataset = fit_lengths(train_dataset, processor, args)
-    checkpoint = find_checkpoint(args, train_dataset)
+    settings = run_settings(args, train_dataset)
+    checkpoint = find_checkpoint(args, settings)
 
     model = load_model(args, training_args)
     trainer = Trainer(
@@ -147,7 +150,7 @@ def main():
         callbacks=[
             ThroughputCallback(),
             LossWatch(),
-            CheckpointCallback(args, processor, train_dataset),
+            CheckpointCallback(args, processor, settings),
         ],
     )
     set_learning_rates(trainer, args)

@@ -32,7 +32,7 @@ from pathlib import Path
 from transformers import Trainer
 
 from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint
+from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import load_conversations
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
@@ -86,7 +86,8 @@ def main():
     train_dataset = check_images(train_dataset, "training data", processor, args)
     eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
     train_dataset = fit_lengths(train_dataset, processor, args)
-    checkpoint = find_checkpoint(args, train_dataset)
+    settings = run_settings(args, train_dataset)
+    checkpoint = find_checkpoint(args, settings)
 
     model = load_model(args, training_args)
     trainer = Trainer(
@@ -97,7 +98,7 @@ def main():
         callbacks=[
             ThroughputCallback(),
             LossWatch(),
-            CheckpointCallback(args, processor, train_dataset),
+            CheckpointCallback(args, processor, settings),
         ],
     )
     set_learning_rates(trainer, args)

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .failures import RunError
 from .files import write_json
+from .images import undecoded
 from .processing_phi3_v import Phi3VProcessor
 from .training import print_first
 
@@ -42,13 +43,16 @@ HARMLESS = {
 }
 
 
-def find_checkpoint(args: argparse.Namespace, train_dataset: Sequence) -> str | None:
+def find_checkpoint(args: argparse.Namespace, settings: dict[str, object]) -> str | None:
     """
     The checkpoint to resume from, or None to start anew.
 
     `--resume_from_checkpoint` takes the newest complete one of the output folder, and starts anew
     where there is none, so that the same command starts and restarts a run. With a path it takes
     that one.
+
+    Args:
+        settings: of this run, see `run_settings`.
 
     Raises:
         RunError: the checkpoint is not complete, or settings that change the result are others than
@@ -71,7 +75,7 @@ def find_checkpoint(args: argparse.Namespace, train_dataset: Sequence) -> str | 
             print_first(f"{folder} holds no complete checkpoint: the run starts anew")
             return None
         checkpoint = complete[-1]
-    _check_settings(checkpoint, args, train_dataset)
+    _check_settings(checkpoint, settings)
     print_first(f"Resuming from {checkpoint}")
     return str(checkpoint)
 
@@ -112,7 +116,10 @@ def _make_room(args: argparse.Namespace, folder: Path) -> None:
         )
     if int(os.environ.get("RANK", 0)) == 0:
         for path in held:
-            _remove_checkpoint(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                _remove_checkpoint(path)
+            else:
+                path.unlink()
 
 
 def _remove_checkpoint(checkpoint: Path) -> None:
@@ -150,8 +157,7 @@ def fingerprint(dataset: Sequence) -> str:
 
 
 def _image_identity(image: object) -> list:
-    if isinstance(image, dict):  # an undecoded image of `datasets`
-        image = image.get("bytes") or image.get("path")
+    image = undecoded(image)
     if isinstance(image, bytes):
         return [hashlib.sha256(image).hexdigest()]
     if isinstance(image, str | Path):
@@ -159,9 +165,8 @@ def _image_identity(image: object) -> list:
     return [image.mode, *image.size]
 
 
-def _check_settings(checkpoint: Path, args: argparse.Namespace, train_dataset: Sequence) -> None:
+def _check_settings(checkpoint: Path, ours: dict[str, object]) -> None:
     theirs = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["settings"]
-    ours = run_settings(args, train_dataset)
     differences = [
         f"{name} is {ours.get(name)!r}, the checkpoint has {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
@@ -216,10 +221,10 @@ class CheckpointCallback(TrainerCallback):
     """
 
     def __init__(
-        self, args: argparse.Namespace, processor: Phi3VProcessor, train_dataset: Sequence
+        self, args: argparse.Namespace, processor: Phi3VProcessor, settings: dict[str, object]
     ):
         self.processor = processor
-        self.settings = run_settings(args, train_dataset)
+        self.settings = settings
         self.keep = args.save_total_limit
         self.terminated = self.stopping = False
 

@@ -37,6 +37,12 @@ def plain_message(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def quoted(value: object) -> str:
     """A value of the user's for a message: quoted, printable, and never longer than a line."""
     return _short.repr(value)

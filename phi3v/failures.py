@@ -13,7 +13,6 @@ import time
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,8 +30,6 @@ OUT_OF_MEMORY = (
     "--num_crops; or use --use_flash_attention, --deepspeed ds_configs/zero3.json or "
     "zero3_offload.json, --use_lora, --use_qlora."
 )
-
-
 OVERFLOW = (
     "fp16 overflows in step after step, at the smallest loss scale too. Use --bf16 where the GPU "
     "has it, or lower --learning_rate."
@@ -116,12 +113,6 @@ def _say(text: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
     print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
-
-
-def stop(error: Exception) -> NoReturn:
-    """End the run with one message and without a traceback."""
-    _say(str(error))
-    sys.exit(1)
 
 
 class LossWatch(TrainerCallback):

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from .errors import ConversationError, find_bad, quoted, settle
+from .errors import ConversationError, find_bad, first_line, quoted, settle
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .processing_phi3_v import Phi3VProcessor
 
@@ -73,9 +73,7 @@ def _read(
     look: Callable[[Image.Image, BinaryIO | None], object],
 ) -> Image.Image:
     """Open an image, let `look` at it and its file, and say of any error whose it is."""
-    if isinstance(image, dict):  # an undecoded image of `datasets`
-        content = image.get("bytes")
-        image = image.get("path") if content is None else content
+    image = undecoded(image)
     try:
         if isinstance(image, Image.Image):
             opened = image
@@ -94,6 +92,14 @@ def _read(
             "the sample."
         ) from error
     return opened
+
+
+def undecoded(image: object) -> object:
+    """The bytes or the path of an image that `datasets` has not decoded; others as they are."""
+    if not isinstance(image, dict):
+        return image
+    content = image.get("bytes")
+    return image.get("path") if content is None else content
 
 
 def _open(image: object) -> BinaryIO:
@@ -128,8 +134,7 @@ def _reason(error: Exception) -> str:
         return f"it is absurdly large ({str(error).partition(',')[0]})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return first_line(error)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ A recipe says which columns it reads and how a row becomes a record (see `conver
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -13,7 +13,7 @@ import pyarrow.parquet
 from pyarrow.compute import list_value_length
 
 from .conversations import check_record
-from .errors import ConversationError, find_bad, keep_good, quoted, settle
+from .errors import ConversationError, find_bad, first_line, keep_good, quoted, settle
 from .json_lines import parse_line, read_lines
 
 REMEDY = (
@@ -93,15 +93,10 @@ def _cause(folder: Path, error: Exception) -> str:
         try:
             pyarrow.parquet.read_metadata(path)
         except Exception as broken:  # not an OSError alone: pyarrow has its own
-            return f"{path} is broken ({_first_line(broken)}); replace the file"
+            return f"{path} is broken ({first_line(broken)}); replace the file"
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return first_line(error)
 
 
 def _item(feature: object) -> object:
@@ -180,7 +175,7 @@ class Records:
 
 def read_fields(
     path: Path,
-    fields: Mapping[str, type | tuple[type, ...]] | set[str],
+    fields: dict[str, type | tuple[type, ...]],
     unique: str | None = None,
     skip_bad: bool = False,
 ) -> list[tuple[str, dict]]:
@@ -188,7 +183,7 @@ def read_fields(
     The objects of a json-lines file, each with where it stands ("file, line 3").
 
     Args:
-        fields: that every object has, and where it matters, of which types.
+        fields: that every object has, and of which types.
         unique: the field that tells objects apart.
         skip_bad: leave bad lines out and print which, instead of an error for the first.
 
@@ -203,10 +198,10 @@ def read_fields(
         number, line = numbered
         where = f"{path}, line {number}"
         row = parse_line(line, where)
-        missing = sorted(fields - row.keys()) if isinstance(row, dict) else sorted(fields)
+        missing = sorted(fields.keys() - row.keys()) if isinstance(row, dict) else sorted(fields)
         if missing:
             raise ConversationError(f"{where} does not have the fields {', '.join(missing)}.")
-        for name, types in fields.items() if isinstance(fields, Mapping) else ():
+        for name, types in fields.items():
             if not isinstance(row[name], types):
                 types = types if isinstance(types, tuple) else (types,)
                 raise ConversationError(
@@ -220,16 +215,9 @@ def read_fields(
             )
         found[number] = (where, row)
 
-    total = 0
-
-    def lines() -> Iterator[tuple[int, tuple[int, bytes]]]:
-        nonlocal total
-        for number, line in read_lines(path):
-            total += 1
-            yield number, (number, line)
-
-    bad = find_bad(lines(), check, skip_bad)
-    settle(bad, total, str(path), skip_bad)
+    lines = ((number, (number, line)) for number, line in read_lines(path))
+    bad = find_bad(lines, check, skip_bad)
+    settle(bad, len(found.keys() | bad.keys()), str(path), skip_bad)
     return [row for number, row in found.items() if number not in bad]
 
 

@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import resource
-import socket
 import time
 import warnings
 from contextlib import nullcontext
@@ -176,12 +175,10 @@ def _prepare_deepspeed(on_gpu: bool) -> None:
         # and compiling them takes two minutes at the first collective.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        # Started without torchrun: one process, which DeepSpeed would ask MPI about.
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Started without torchrun: one process, which DeepSpeed would ask MPI about. With port 0 the
+        # system chooses, so that runs which start together never take the same.
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
     if not on_gpu:
         # ZeRO-3 shards the model while it is loaded, which is before the Trainer would do this.

@@ -782,7 +782,7 @@ def test_fields_of_json_lines(tmp_path, kind):
         read_fields(path, FIELDS, unique="id")
     kept = read_fields(path, FIELDS, unique="id", skip_bad=True)
     assert [row["id"] for _, row in kept] == [1, 3] and kept[1][0].endswith("line 3")
-    assert len(read_fields(write(tmp_path, first, last), {"id", "img"})) == 2
+    assert len(read_fields(write(tmp_path, first, last), {"id": int, "img": str})) == 2
 
 
 # ---------------------------------------------------------------- the command

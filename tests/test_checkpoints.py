@@ -22,6 +22,7 @@ from phi3v.checkpoints import (
     find_checkpoint,
     fingerprint,
     incompleteness,
+    run_settings,
 )
 from phi3v.collators import TrainingCollator
 from phi3v.failures import LossWatch, RunError, explanation
@@ -38,11 +39,15 @@ from test_training import arguments, make_trainer
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
+def checkpoint_callback(args, records=RECORDS):
+    return CheckpointCallback(args, load_processor(args), run_settings(args, records))
+
+
 def trained(checkpoint, folder, *flags, records=RECORDS):
     """A short run that saves a checkpoint at every step; its arguments."""
     args = arguments(checkpoint, folder, "--batch_size", "1", "--save_steps", "1", *flags)
     trainer = make_trainer(args, records)
-    trainer.add_callback(CheckpointCallback(args, load_processor(args), records))
+    trainer.add_callback(checkpoint_callback(args, records))
     trainer.train()
     return args
 
@@ -62,7 +67,8 @@ def copy(run, tmp_path):
 
 def resume(demo_checkpoint, folder, *flags, records=RECORDS) -> str | None:
     flags = ("--batch_size", "1", "--resume_from_checkpoint", *flags)
-    return find_checkpoint(arguments(demo_checkpoint, folder, *flags), records)
+    args = arguments(demo_checkpoint, folder, *flags)
+    return find_checkpoint(args, run_settings(args, records))
 
 
 def test_newest_complete_one(demo_checkpoint, copy):
@@ -133,21 +139,25 @@ def test_fingerprint():
     """A changed word, answer, order or image is another dataset; another folder is not."""
     assert fingerprint(RECORDS) == fingerprint(list(RECORDS))
     assert fingerprint(RECORDS) != fingerprint(RECORDS[::-1])
-    changed = json.loads(json.dumps([{**r, "conversations": []} for r in RECORDS]))
-    assert fingerprint(RECORDS) != fingerprint(changed)
+    [record, *others] = RECORDS
+    for field in ("user", "assistant", "images"):
+        [first, *turns] = record["conversations"]
+        changed = {**first, field: first[field][:-1]}
+        other = {**record, "conversations": [changed, *turns]}
+        assert fingerprint([other, *others]) != fingerprint(RECORDS), field
     assert fingerprint([RECORDS[:2]]) != fingerprint([RECORDS[1:]])
 
 
 def test_results_are_not_overwritten(demo_checkpoint, copy):
     """A new run is refused beside another's results, and replaces them where it is told to."""
     with pytest.raises(RunError, match="holds checkpoint-2 of another run.*overwrite_output_dir"):
-        find_checkpoint(arguments(demo_checkpoint, copy), RECORDS)
+        find_checkpoint(arguments(demo_checkpoint, copy), {})
     (copy / "notes.txt").write_text("mine")
-    assert find_checkpoint(arguments(demo_checkpoint, copy, "--overwrite_output_dir"), []) is None
+    assert find_checkpoint(arguments(demo_checkpoint, copy, "--overwrite_output_dir"), {}) is None
     assert checkpoints(copy) == [] and (copy / "notes.txt").exists()
     (copy / "eval_before.json").write_text("{}")
     with pytest.raises(RunError, match="holds eval_before.json"):
-        find_checkpoint(arguments(demo_checkpoint, copy, "--eval_only"), [])
+        find_checkpoint(arguments(demo_checkpoint, copy, "--eval_only"), {})
 
 
 def test_files_are_whole_or_absent(tmp_path):
@@ -184,7 +194,7 @@ def test_a_checkpoint_that_is_overwritten_stops_counting(run, copy, demo_checkpo
     """Resumed from an earlier one, the run writes the later one anew: half of it must not count."""
     args = arguments(demo_checkpoint, copy, "--batch_size", "1", "--save_steps", "1")
     trainer = make_trainer(args)
-    trainer.add_callback(CheckpointCallback(args, load_processor(args), RECORDS))
+    trainer.add_callback(checkpoint_callback(args))
     states = []
     monkeypatch.setattr(
         trainer,
@@ -208,7 +218,7 @@ def test_many_steps_hold_no_memory(demo_checkpoint, tmp_path):
                 gc.collect()
                 held[state.global_step] = psutil.Process().memory_info().rss / 1e6
 
-    for callback in (LossWatch(), CheckpointCallback(args, load_processor(args), RECORDS)):
+    for callback in (LossWatch(), checkpoint_callback(args)):
         trainer.add_callback(callback)
     trainer.add_callback(Measure())
     trainer.train()

@@ -1,7 +1,9 @@
 """The UCF-101 recipe as a user starts it: torchrun, several processes, two machines."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -47,9 +49,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port below those that Linux gives to outgoing connections, which could take it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def flags(data_dir: Path, checkpoint: Path, output_dir: Path) -> list[str]:
