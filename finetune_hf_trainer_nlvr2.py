@@ -84,7 +84,8 @@ def load_datasets(args) -> tuple[Records, Records]:
     for index, count in enumerate(image_counts(rows)):
         if count != 2:
             raise ConversationError(
-                f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two. Remove it."
+                f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two. "
+                "Remove the row."
             )
     train, evaluation = split_rows(rows, args.num_eval_rows)
     return tuple(

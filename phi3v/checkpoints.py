@@ -26,7 +26,7 @@ from .failures import RunError
 from .files import write_json
 from .images import undecoded
 from .processing_phi3_v import Phi3VProcessor
-from .training import print_first
+from .training import deepspeed_path, print_first
 
 COMPLETE = "complete.json"
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that SIGTERM stopped
@@ -131,8 +131,8 @@ def _remove_checkpoint(checkpoint: Path) -> None:
 def run_settings(args: argparse.Namespace, train_dataset: Sequence) -> dict[str, object]:
     """All that the trained weights depend on, as JSON has it."""
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
-    if args.deepspeed not in (None, "none"):
-        settings["deepspeed"] = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+    path = deepspeed_path(args)
+    settings["deepspeed"] = json.loads(path.read_text(encoding="utf-8")) if path else None
     settings["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     settings["training data"] = fingerprint(train_dataset)
     return json.loads(json.dumps(settings))

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collators import GenerationCollator
+from .failures import RunError
 from .files import write_json
 from .metrics import normalise
 from .processing_phi3_v import Phi3VProcessor
@@ -164,7 +165,10 @@ def _first_tokens(processor: Phi3VProcessor, choices: tuple[str, str]) -> list[i
     ids = processor.tokenizer(list(choices), add_special_tokens=False).input_ids
     first, second = ids[0][0], ids[1][0]
     if first == second:
-        raise ValueError(f"The answers {choices[0]!r} and {choices[1]!r} begin with one token.")
+        raise RunError(
+            f"choices {choices[0]!r} and {choices[1]!r} begin with the same token, by which they "
+            "are told apart. Choose others."
+        )
     return [first, second]
 
 

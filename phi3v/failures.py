@@ -6,12 +6,10 @@ import argparse
 import atexit
 import errno
 import os
-import shutil
 import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -22,6 +20,10 @@ from transformers import TrainerCallback
 from .errors import ConversationError, plain_message
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILED_WRITE = (
+    *("No space left on device", "Disk quota exceeded", "File too large"),
+    *("PytorchStreamWriter", "unexpected pos"),
+)
 # What gloo and NCCL say.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 OUT_OF_MEMORY = (
@@ -78,30 +80,26 @@ def explanation(args: argparse.Namespace, error: BaseException) -> str | None:
         return OUT_OF_MEMORY
     if "loss scale already at minimum" in str(error):  # DeepSpeed
         return OVERFLOW
-    if _disk_is_full(args, error):
+    if _disk_is_full(error):
         # A copy has two names; the second one is written.
         names = (getattr(error, name, None) for name in ("filename2", "filename"))
         path = next(filter(None, names), args.output_dir)
         return (
-            f"cannot write {path}: the disk is full ({error}). Free some space, then go on with "
-            "--resume_from_checkpoint; complete checkpoints are untouched."
+            f"cannot write {path}: the disk is full, or a quota is ({error}). Free some space, "
+            "then go on with --resume_from_checkpoint; complete checkpoints are untouched."
         )
     if any(sign in str(error) for sign in LOST_PEER):
         return f"another rank is gone, and its own message says why ({error})"
     return None
 
 
-def _disk_is_full(args: argparse.Namespace, error: BaseException) -> bool:
+def _disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
-    # safetensors and torch.save tell what happened in words only, if at all.
-    if not isinstance(error, SafetensorError | RuntimeError | OSError):
-        return False
-    if "No space left on device" in str(error):
-        return True
-    folder = Path(args.output_dir)
-    writing = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    return writing and folder.is_dir() and shutil.disk_usage(folder).free < 2**20
+    # safetensors and torch.save tell what happened in words only, the latter not even why.
+    return isinstance(error, SafetensorError | RuntimeError | OSError) and any(
+        sign in str(error) for sign in FAILED_WRITE
+    )
 
 
 def _say(text: str) -> None:

@@ -54,13 +54,11 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """
     explain_failures(args)
     on_gpu = torch.cuda.is_available()
-    deepspeed = args.deepspeed
-    if deepspeed is None:
-        deepspeed = "none" if args.use_lora else str(DS_CONFIGS / "zero2.json")
-    if deepspeed != "none":
-        _check_deepspeed(args, Path(deepspeed))
+    deepspeed = deepspeed_path(args)
+    if deepspeed:
+        _check_deepspeed(args, deepspeed)
     _meet_again(on_gpu)
-    if deepspeed != "none":
+    if deepspeed:
         _prepare_deepspeed(on_gpu)
     first = int(os.environ.get("RANK", 0)) == 0
     _filter_warnings(first)
@@ -87,7 +85,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         # Without a GPU there is no fp16: the Trainer would run float32 under that name.
         fp16=on_gpu and not args.bf16,
         use_cpu=not on_gpu,
-        deepspeed=None if deepspeed == "none" else deepspeed,
+        deepspeed=str(deepspeed) if deepspeed else None,
         ddp_find_unused_parameters=False,
         dataloader_num_workers=workers,
         logging_steps=10,
@@ -113,11 +111,18 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     print_first(
         f"{training_args.world_size} x {training_args.device.type}, {_precision(args, on_gpu)}, "
         f"{'flash attention 2' if args.use_flash_attention else 'sdpa attention'}, "
-        f"{'DDP' if deepspeed == 'none' else 'DeepSpeed ' + Path(deepspeed).stem}, batches of "
+        f"{'DeepSpeed ' + deepspeed.stem if deepspeed else 'DDP'}, batches of "
         f"{args.batch_size} = {training_args.world_size} x {args.batch_size_per_gpu} x "
         f"{training_args.gradient_accumulation_steps} accumulation steps"
     )
     return training_args
+
+
+def deepspeed_path(args: argparse.Namespace) -> Path | None:
+    """The DeepSpeed config that a run takes; None for plain DDP."""
+    if args.deepspeed is None:
+        return None if args.use_lora else DS_CONFIGS / "zero2.json"
+    return None if args.deepspeed == "none" else Path(args.deepspeed)
 
 
 def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
@@ -175,8 +180,8 @@ def _prepare_deepspeed(on_gpu: bool) -> None:
         # and compiling them takes two minutes at the first collective.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        # Started without torchrun: one process, which DeepSpeed would ask MPI about. With port 0 the
-        # system chooses, so that runs which start together never take the same.
+        # Started without torchrun: one process, which DeepSpeed would ask MPI about. With port 0
+        # the system chooses, so that runs which start together never take the same.
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )

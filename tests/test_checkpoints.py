@@ -254,6 +254,8 @@ def test_full_disk_is_named(tmp_path):
     assert "cannot write /data/a.py" in explanation(args, copied)
     said = RuntimeError("I/O error: No space left on device (os error 28)")
     assert f"cannot write {tmp_path}: the disk is full" in explanation(args, said)
+    half = "[enforce fail at inline_container.cc:603] . unexpected pos 1024 vs 918"
+    assert "the disk is full" in explanation(args, RuntimeError(half))
     assert explanation(args, OSError(errno.ENOENT, "no such file")) is None
     assert explanation(args, RuntimeError("something else")) is None
 

@@ -356,7 +356,7 @@ def test_probability_of_a_choice(demo_checkpoint, tmp_path):
         for t in ("DigitOne", "DigitTwo")
     ]
     assert logits[ids].softmax(0)[0].item() == pytest.approx(first, abs=1e-5)
-    with pytest.raises(ValueError, match="begin with one token"):
+    with pytest.raises(RunError, match="begin with the same token"):
         generate(trainer, processor, RECORDS[:1], args, choices=("no", "no way"))
 
 

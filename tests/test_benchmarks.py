@@ -1,0 +1,68 @@
+"""The benchmarks' baseline computes the official numbers, so what it is compared with is fair."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.baseline import BaselineForCausalLM, preprocess
+from conftest import GOLDEN
+from golden_util import make_image
+from phi3v import Phi3VImageProcessor
+from test_modeling import CASES, GENERATED, WITH_LOSS, case_inputs, check_outputs, rows
+
+PROCESSOR_CASES = json.loads((GOLDEN / "processor.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_checkpoint):
+    return BaselineForCausalLM.from_pretrained(
+        tiny_checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_baseline_logits(baseline, forward_cases, name):
+    baseline.eval()
+    check_outputs(baseline, case_inputs(forward_cases[name]), forward_cases[name], name)
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+def test_baseline_loss_and_gradients(baseline, forward_cases, name):
+    case = forward_cases[name]
+    baseline.train()
+    baseline.zero_grad()
+    outputs = baseline(**case_inputs(case), labels=rows(case["labels_rle"]), use_cache=False)
+    outputs.loss.backward()
+    assert outputs.loss.item() == pytest.approx(case["loss"], abs=1e-4)
+    assert outputs.logits.shape == (1, case["seq_len"], 32064)
+    for parameter, golden in case["grad_norms"].items():
+        if golden is not None and not parameter.endswith("k_proj.bias"):
+            norm = baseline.get_parameter(parameter).grad.norm().item()
+            assert norm == pytest.approx(golden, rel=1e-4, abs=1e-6), parameter
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATED if not name.startswith("batch")])
+def test_baseline_generates_one_sample_at_a_time(baseline, forward_cases, name):
+    case = forward_cases[name]
+    baseline.eval()
+    inputs = case_inputs(case, key="prompt_ids_rle")
+    tokens = baseline.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert tokens[:, case["generate"]["prompt_len"] :].tolist() == case["generate"]["new_tokens"]
+
+
+@pytest.mark.parametrize("num_crops", [1, 4, 16])
+def test_baseline_pixels(num_crops):
+    """Bit for bit ours, which are the official ones, for every size of the reference numbers."""
+    specs = {
+        json.dumps(case["spec"])
+        for case in PROCESSOR_CASES
+        if case["num_crops"] == num_crops and "crops" in case
+    }
+    assert len(specs) > 5
+    processor = Phi3VImageProcessor(num_crops=num_crops)
+    for spec in sorted(specs):
+        image = make_image(json.loads(spec))
+        ours, theirs = processor([image], return_tensors="pt"), preprocess([image], num_crops)
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"]), spec
+        assert torch.equal(ours["image_sizes"], theirs["image_sizes"])
