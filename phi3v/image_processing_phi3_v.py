@@ -17,6 +17,8 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .resize import resize
+
 
 class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):
     """
@@ -113,6 +115,8 @@ class Phi3VImageProcessor(PilBackend):
             if image.mode != "RGB":
                 raise ValueError(f"An image of mode {image.mode} is not RGB: set do_convert_rgb.")
             return image
+        if image.mode == "RGB":
+            return image  # PIL would copy it
         try:
             return image.convert("RGB")
         except ValueError as error:
@@ -140,18 +144,19 @@ class Phi3VImageProcessor(PilBackend):
         if not num_crops >= 1:
             raise ValueError(f"num_crops is {num_crops}, and must be 1 or more.")
         size = self.crop_size["height"]
-        table = _normalisation_table(image_mean, image_std)
-        pixel_values = torch.zeros(len(images), num_crops + 1, 3, size, size)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
+        pixel_values = torch.empty(len(images), num_crops + 1, 3, size, size)
         image_sizes = []
         for crops, image in zip(pixel_values, images, strict=True):
-            padded = self._hd_transform(image, num_crops)
-            height, width = padded.shape[:2]
-            normalised = _normalise(padded, table)  # (3, height, width)
-            crops[0] = _global_view(normalised, size)
-            rows, columns = height // size, width // size
-            local = normalised.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4)
-            crops[1 : 1 + rows * columns].view(rows, columns, 3, size, size).copy_(local)
-            image_sizes.append([height, width])
+            levels = self._hd_transform(image, num_crops)
+            local = _cut(levels, size)
+            count = local.shape[0] * local.shape[1]
+            crops[0] = _global_view(levels, size, mean, std)
+            crops[1 : 1 + count].view(local.shape).copy_(local)
+            for crop in crops[1 : 1 + count]:  # one by one, which fits the core's cache
+                _normalise(crop, mean, std)
+            crops[1 + count :] = 0
+            image_sizes.append(list(levels.shape[1:]))
         data = {
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,
@@ -159,22 +164,29 @@ class Phi3VImageProcessor(PilBackend):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _hd_transform(self, image: Image.Image, num_crops: int) -> np.ndarray:
+    def _hd_transform(self, image: Image.Image, num_crops: int) -> torch.Tensor:
         """
-        Scale an RGB image to fill up to `num_crops` crops and pad it with white: (height, width, 3)
+        Scale an RGB image to fill up to `num_crops` crops and pad it with white: (3, height, width)
         uint8.
         """
-        portrait = image.width < image.height
-        if portrait:
-            # PIL's resize is not the same along both axes to the last bit, so the detour matters.
-            image = image.transpose(Image.Transpose.TRANSPOSE)
         size = self.crop_size["height"]
-        columns, resized = _fit(image.width, image.height, num_crops, size)
-        image = image.resize((columns * size, resized), Image.Resampling.BILINEAR)
-        padded = np.full((math.ceil(resized / size) * size, columns * size, 3), 255, dtype=np.uint8)
-        top = (len(padded) - resized) // 2
-        padded[top : top + resized] = image
-        return padded.transpose(1, 0, 2) if portrait else padded
+        width, height = image.size
+        columns, resized = _fit(max(width, height), min(width, height), num_crops, size)
+        long, padded = columns * size, math.ceil(resized / size) * size
+        first = (padded - resized) // 2
+        # The official code lays a portrait image on its side, and PIL scales the longer side first
+        # and rounds. Doing so in this order rounds alike, without turning anything.
+        if width < height:
+            levels = resize(image, resized, long, height_first=True)
+            shape, inside = (3, long, padded), np.s_[:, :, first : first + resized]
+        else:
+            levels = resize(image, long, resized, height_first=False)
+            shape, inside = (3, padded, long), np.s_[:, first : first + resized]
+        if padded > resized:
+            image = np.full(shape, 255, dtype=np.uint8)
+            image[inside] = levels
+            levels = image
+        return torch.from_numpy(levels)
 
 
 def _to_pil(image: ImageInput) -> Image.Image:
@@ -209,28 +221,37 @@ def _fit(long: int, short: int, num_crops: int, size: int) -> tuple[int, int]:
     return columns, resized
 
 
-def _normalisation_table(mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """
-    (3, 256) float32, every channel's value for every level, computed as ToTensor and Normalize do.
-    """
-    levels = torch.arange(256, dtype=torch.uint8).float().div(255)
-    mean, std = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    return levels.sub(mean[:, None]).div(std[:, None])
+def _cut(image: torch.Tensor, size: int) -> torch.Tensor:
+    """(3, height, width) to a view of its crops: (rows, columns, 3, size, size)."""
+    _, height, width = image.shape
+    crops = image.view(3, height // size, size, width // size, size)
+    return crops.permute(1, 3, 0, 2, 4)
 
 
-def _normalise(image: np.ndarray, table: torch.Tensor) -> torch.Tensor:
-    """(height, width, 3) uint8 to (3, height, width) float32 by table look-up."""
-    channels = [levels.numpy()[image[:, :, i]] for i, levels in enumerate(table)]
-    return torch.from_numpy(np.stack(channels))
+def _normalise(values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """
+    Levels of 0 to 255 as float32, (3, height, width), to the tower's values, in place; in the steps
+    of ToTensor and Normalize, whose rounding is to be kept.
+    """
+    return values.div_(255).sub_(mean).div_(std)
 
 
-def _global_view(image: torch.Tensor, size: int) -> torch.Tensor:
+def _global_view(
+    levels: torch.Tensor, size: int, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
     """
-    (3, height, width) to (3, size, size): torch's bicubic without antialiasing, as the official
-    global view.
+    (3, height, width) uint8 to (3, size, size): torch's bicubic without antialiasing over the
+    normalised image, as the official global view.
     """
+    # Between crops and view lie whole factors. At an odd one, the centre of a view's pixel is that
+    # of a pixel of the image, and bicubic returns this pixel as it is: no other one is needed.
+    steps = [side // size if side // size % 2 else 1 for side in levels.shape[1:]]
+    levels = levels[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
+    values = _normalise(levels.float(), mean, std)
+    if values.shape[1:] == (size, size):
+        return values
     return torch.nn.functional.interpolate(
-        image[None], size=(size, size), mode="bicubic", align_corners=False
+        values[None], size=(size, size), mode="bicubic", align_corners=False
     )[0]
 
 
