@@ -15,6 +15,7 @@ from .conversations import load_images, to_messages
 from .processing_phi3_v import Phi3VProcessor
 
 IGNORED = -100
+IMAGE_INPUTS = ("pixel_values", "crop_levels", "level_values")
 
 
 class TrainingCollator:
@@ -29,8 +30,9 @@ class TrainingCollator:
         `input_ids`, `attention_mask`, `labels`: (b, s). Labels are the ids of every assistant turn,
             its end included, and -100 elsewhere. The mask comes from lengths: the trained
             <|endoftext|>, which is the padding token as well, is attended to.
-        `pixel_values`: (n, num_crops + 1, 3, 336, 336) and `image_sizes`: (n, 2) of all records'
-            images, if there are any.
+        `pixel_values`: (n, 1, 3, 336, 336), `crop_levels`: (crops, 3, 336, 336) uint8,
+            `level_values`: (3, 256) and `image_sizes`: (n, 2) of all records' images, if there are
+            any. The model joins them, see `join_crops`: workers hand over bytes, and no padding.
         `ids`: those of the records, where `with_ids` is set; `LossWatch` takes them out again
             before the model is called.
     """
@@ -91,8 +93,8 @@ class GenerationCollator:
     Records to a batch of prompts without their last answer, padded on the left.
 
     Returns of each call:
-        `input_ids`, `attention_mask`: (b, s); `pixel_values` and `image_sizes` as in
-            [`TrainingCollator`].
+        `input_ids`, `attention_mask`: (b, s); the images as in [`TrainingCollator`], to be joined
+            before `generate`.
     """
 
     def __init__(self, processor: Phi3VProcessor):
@@ -118,10 +120,9 @@ def encode_prompts(
         [to_messages(record)[:-1] for record in records], tokenize=False, add_generation_prompt=True
     )
     images = [load_images(record, processor.image_processor) for record in records]
-    encoded = processor(prompts, images, return_tensors=None)
-    image_inputs = {}
-    if "pixel_values" in encoded:
-        image_inputs["pixel_values"] = encoded["pixel_values"]
+    encoded = processor(prompts, images, return_tensors=None, as_levels=True)
+    image_inputs = {name: encoded[name] for name in IMAGE_INPUTS if name in encoded}
+    if image_inputs:
         image_inputs["image_sizes"] = torch.tensor(encoded["image_sizes"])
     return encoded["input_ids"], image_inputs
 

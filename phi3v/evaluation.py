@@ -14,10 +14,11 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .collators import GenerationCollator
+from .collators import IMAGE_INPUTS, GenerationCollator
 from .failures import RunError
 from .files import write_json
 from .metrics import normalise
+from .modeling_phi3_v import join_crops
 from .processing_phi3_v import Phi3VProcessor
 from .training import print_first
 
@@ -139,6 +140,9 @@ def generate(
     ):
         for batch in loader:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            if "crop_levels" in batch:
+                image_inputs = (batch.pop(name) for name in IMAGE_INPUTS)
+                batch["pixel_values"] = join_crops(*image_inputs, batch["image_sizes"])
             output = model.generate(
                 **batch,
                 max_new_tokens=args.max_new_tokens,

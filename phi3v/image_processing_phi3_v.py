@@ -25,9 +25,12 @@ class Phi3VImageProcessorKwargs(ImagesKwargs, total=False):
     num_crops (`int`, *optional*, defaults to 1):
         The most crops an image is cut into. Images are always scaled up to use them, so the number
         of tokens depends on this and on the aspect ratio alone.
+    as_levels (`bool`, *optional*, defaults to `False`):
+        Return what `join_crops` of the model makes the pixels of: about a quarter of the bytes.
     """
 
     num_crops: int | None
+    as_levels: bool | None
 
 
 class Phi3VImageProcessor(PilBackend):
@@ -49,6 +52,7 @@ class Phi3VImageProcessor(PilBackend):
     model_input_names = ["pixel_values", "image_sizes"]
 
     num_crops = 1
+    as_levels = False
     crop_size = {"height": 336, "width": 336}
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -67,7 +71,9 @@ class Phi3VImageProcessor(PilBackend):
         return (self.crop_size["height"] // self.patch_size // 2) ** 2
 
     def to_dict(self) -> dict:
-        return {**super().to_dict(), "num_img_tokens": self.num_img_tokens}
+        saved = {**super().to_dict(), "num_img_tokens": self.num_img_tokens}
+        saved.pop("as_levels", None)  # a choice of the caller's, not of the checkpoint's
+        return saved
 
     def calc_hd_size(
         self, width: int, height: int, num_crops: int | None = None
@@ -129,6 +135,7 @@ class Phi3VImageProcessor(PilBackend):
         self,
         images: list[Image.Image],
         num_crops: int,
+        as_levels: bool,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
         return_tensors: str | None = None,
@@ -140,28 +147,39 @@ class Phi3VImageProcessor(PilBackend):
                 crop first, then the local ones row by row, then zeros.
             `image_sizes`: (images, 2), height and width of the padded image.
             `num_img_tokens`: tokens of every image.
+
+            With `as_levels`, `pixel_values` holds the global crops alone, (images, 1, 3, crop_size,
+            crop_size). `crop_levels` (local crops of all images, 3, crop_size, crop_size) uint8
+            are the others, without padding, and `level_values` (3, 256) float32 the value of every
+            channel's levels. Global crops have values between the levels.
         """
         if not num_crops >= 1:
             raise ValueError(f"num_crops is {num_crops}, and must be 1 or more.")
         size = self.crop_size["height"]
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
-        pixel_values = torch.empty(len(images), num_crops + 1, 3, size, size)
-        image_sizes = []
-        for crops, image in zip(pixel_values, images, strict=True):
-            levels = self._hd_transform(image, num_crops)
-            local = _cut(levels, size)
-            count = local.shape[0] * local.shape[1]
-            crops[0] = _global_view(levels, size, mean, std)
-            crops[1 : 1 + count].view(local.shape).copy_(local)
-            for crop in crops[1 : 1 + count]:  # one by one, which fits the core's cache
-                _normalise(crop, mean, std)
-            crops[1 + count :] = 0
-            image_sizes.append(list(levels.shape[1:]))
+        images = [self._hd_transform(image, num_crops) for image in images]
+        views = [_global_view(image, size, mean, std) for image in images]
+        local = [_cut(image, size) for image in images]
+        image_sizes = [list(image.shape[1:]) for image in images]
         data = {
-            "pixel_values": pixel_values,
             "image_sizes": image_sizes,
             "num_img_tokens": [self._count_tokens(height, width) for height, width in image_sizes],
         }
+        if as_levels:
+            levels = torch.arange(256.0).repeat(3, 1, 1)
+            data["pixel_values"] = torch.stack(views)[:, None]
+            data["crop_levels"] = torch.cat([crops.flatten(0, 1) for crops in local])
+            data["level_values"] = _normalise(levels, mean, std)[:, 0]
+        else:
+            pixel_values = torch.empty(len(images), num_crops + 1, 3, size, size)
+            for crops, view, cut in zip(pixel_values, views, local, strict=True):
+                count = cut.shape[0] * cut.shape[1]
+                crops[0] = view
+                crops[1 : 1 + count].view(cut.shape).copy_(cut)
+                for crop in crops[1 : 1 + count]:  # one by one, which fits the core's cache
+                    _normalise(crop, mean, std)
+                crops[1 + count :] = 0
+            data["pixel_values"] = pixel_values
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _hd_transform(self, image: Image.Image, num_crops: int) -> torch.Tensor:

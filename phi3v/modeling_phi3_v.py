@@ -104,6 +104,11 @@ class Phi3VImageEmbedding(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size),
         )
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything that sees pixels is trained, adapters included."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
     def count_crops(self, image_sizes: torch.Tensor | list) -> list[tuple[int, int]]:
         """
         (rows, columns) of local crops of every image. `image_sizes`: (n, 2), height and width in
@@ -187,6 +192,36 @@ def token_order(rows: int, columns: int, side: int) -> torch.Tensor:
         .reshape(rows * side, columns * side)
     )
     return torch.cat([end_lines(local), crops.new_tensor([GLB_GN]), end_lines(crops[0])])
+
+
+def join_crops(
+    pixel_values: torch.Tensor,
+    crop_levels: torch.Tensor,
+    level_values: torch.Tensor,
+    image_sizes: torch.Tensor | list,
+) -> torch.Tensor:
+    """
+    The crops of n images from what the image processor returns with `as_levels`.
+
+    Args:
+        pixel_values: (n, 1, 3, size, size), the global crops.
+        crop_levels: (crops, 3, size, size) uint8, the local crops of all images.
+        level_values: (3, 256), the value of every channel's levels.
+        image_sizes: (n, 2), height and width of every image after the HD transform.
+
+    Returns:
+        `pixel_values` (n, k, 3, size, size) as without `as_levels`, bit for bit, with k for the
+        image of most crops.
+    """
+    size = pixel_values.shape[-1]
+    sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+    counts = [int(height) // size * (int(width) // size) for height, width in sizes]
+    joined = pixel_values.new_zeros(len(counts), 1 + max(counts), *pixel_values.shape[2:])
+    joined[:, 0] = pixel_values[:, 0]
+    for image, levels in zip(joined, crop_levels.split(counts), strict=True):
+        for channel, values in enumerate(level_values):
+            image[1 : 1 + len(levels), channel] = values[levels[:, channel].int()]
+    return joined
 
 
 def assign_images(placeholders: list[int], image_tokens: list[int]) -> list[int]:
@@ -283,7 +318,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             placeholders.sum(-1).tolist(), [embedding.count_tokens(*grid) for grid in grids]
         )
         inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
-        image_features = embedding(pixel_values, grids)
+        # Transformers' gradient checkpointing makes CLIP's first output require gradients, even of
+        # a frozen CLIP. What nothing learns from needs no graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and embedding.learns):
+            image_features = embedding(pixel_values, grids)
         return inputs_embeds.masked_scatter(
             placeholders[..., None], image_features.to(inputs_embeds.dtype)
         )
@@ -362,8 +400,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             return False
         if is_deepspeed_zero3_enabled() and past_length == 0:
             return True
-        learns = any(p.requires_grad for p in self.vision_embed_tokens.parameters())
-        return self.training and torch.is_grad_enabled() and learns
+        return self.training and torch.is_grad_enabled() and self.vision_embed_tokens.learns
 
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
@@ -413,6 +450,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        crop_levels: torch.ByteTensor | None = None,
+        level_values: torch.FloatTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -423,6 +462,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         Args:
             labels: (b, s), the id to predict at every position, -100 where there is none; shifted
                 inside.
+            crop_levels, level_values: with the global crops alone as `pixel_values`, the local
+                crops, see `join_crops`.
             logits_to_keep: compute the logits of the last so many positions (0: of all), or of
                 these positions.
             num_items_in_batch: what the summed loss is divided by, instead of the number of labels
@@ -433,6 +474,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             None: the head then runs only where there is a label, which spares the memory of s x
             vocab_size logits.
         """
+        if crop_levels is not None:
+            pixel_values = join_crops(pixel_values, crop_levels, level_values, image_sizes)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -547,4 +590,4 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
 
-__all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel"]
+__all__ = ["Phi3VForCausalLM", "Phi3VModel", "Phi3VPreTrainedModel", "join_crops"]

@@ -10,6 +10,7 @@ from transformers import AutoProcessor
 from conftest import GOLDEN
 from golden_util import make_image, unrle
 from phi3v.collators import GenerationCollator, TrainingCollator
+from phi3v.modeling_phi3_v import join_crops
 
 FORWARD = json.loads((GOLDEN / "forward.json").read_text())["cases"]
 
@@ -85,6 +86,33 @@ def test_training_continues_the_generation_prompt(demo_processor):
         last = RECORDS[row]["conversations"][-1]["assistant"]
         assert demo_processor.tokenizer.decode(answer).startswith(last)
     assert torch.equal(training["pixel_values"], generation["pixel_values"])
+
+
+def test_workers_hand_over_bytes_and_no_padding(demo_processor):
+    """Local crops as uint8, real ones only; joined, they are the processor's pixels bit for bit."""
+    records = [RECORDS[0], RECORDS[2]]
+    demo_processor.image_processor.num_crops = 4
+    try:
+        batch = TrainingCollator(demo_processor)(records)
+        images = [
+            image
+            for record in records
+            for turn in record["conversations"]
+            for image in turn["images"]
+        ]
+        encoded = demo_processor.image_processor(images, return_tensors="pt")
+    finally:
+        demo_processor.image_processor.num_crops = 1
+    names = ("pixel_values", "crop_levels", "level_values", "image_sizes")
+    joined = join_crops(*(batch[name] for name in names))
+    wanted = encoded["pixel_values"]
+    assert torch.equal(joined, wanted[:, : joined.shape[1]])
+    assert not wanted[:, joined.shape[1] :].any()
+    assert batch["crop_levels"].dtype == torch.uint8
+    size = demo_processor.image_processor.crop_size["height"]
+    crops = (encoded["image_sizes"] // size).prod(-1)
+    assert len(batch["crop_levels"]) == crops.sum() > len(images)
+    assert batch["pixel_values"].shape[:2] == (len(images), 1)
 
 
 def test_generation_is_padded_on_the_left(demo_processor):

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import resource
 import shutil
@@ -294,9 +295,55 @@ def test_result_does_not_depend_on_the_guess(tmp_path: Path, monkeypatch, guess:
     video = write_video(tmp_path / "v.mp4", 20, H264, b_frames=2)
     decode, calls = converter.decode, []
     monkeypatch.setattr(converter, "decode", lambda *args: calls.append(args) or decode(*args))
-    monkeypatch.setattr(converter, "count_packets", lambda path: guess)
+    monkeypatch.setattr(converter, "guess_count", lambda path, stream: guess)
     assert picked(video) == [0, 2, 5, 7, 10, 12, 15, 17]
     assert len(calls) == (1 if 18 <= guess <= 22 else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "part", "opened"),
+    [
+        ("v.avi", "mpeg4", 1, 1),
+        ("v.mp4", H264, 1, 1),
+        ("v.mkv", H264, 1, 2),
+        ("v.avi", "mpeg4", 0.6, 2),
+    ],
+)
+def test_videos_are_read_once(tmp_path: Path, monkeypatch, name, codec, part, opened: int):
+    """Where header and index agree, no packets are counted; a cut-off file is not decoded twice."""
+    video = write_video(tmp_path / name, 40, codec)
+    os.truncate(video, int(part * video.stat().st_size))
+    open_video, decode, calls = converter.open_video, converter.decode, []
+    monkeypatch.setattr(
+        converter, "open_video", lambda path: calls.append("open") or open_video(path)
+    )
+    monkeypatch.setattr(converter, "decode", lambda *args: calls.append("decode") or decode(*args))
+    picked(video)
+    assert calls.count("open") == opened and calls.count("decode") == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_is_kept():
+    """The memory of one image serves the next: it is not asked of the system again each time."""
+    script = """
+import resource
+import convert_ucf101
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        images = [bytearray(300_000) for _ in range(8)]
+        del images
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+convert_ucf101.keep_freed_memory()
+page_faults()
+print(page_faults())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=SCRIPT.parent, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 1000, done.stderr
 
 
 @pytest.mark.parametrize("width", [64, 66, 318])

@@ -158,6 +158,52 @@ def test_greedy_generation(model, forward_cases, name):
     assert tokens.tolist() == case["generate"]["new_tokens"]
 
 
+def test_joined_crops_are_the_crops(model, forward_cases):
+    """From bytes, the loss is that from the official pixels, bit for bit; so the gradients."""
+    case = forward_cases["nlvr2_two_images"]
+    inputs, labels = case_inputs(case), rows(case["labels_rle"])
+    processor = Phi3VImageProcessor(num_crops=case["num_crops"], as_levels=True)
+    compact = dict(
+        processor([make_image(spec) for spec in case["images"]], return_tensors="pt"),
+        input_ids=inputs["input_ids"],
+    )
+    del compact["num_img_tokens"]
+    assert compact["crop_levels"].nbytes < inputs["pixel_values"].nbytes / 5
+    model.train()
+    found = []
+    try:
+        for given in (inputs, compact):
+            loss = model(**given, labels=labels, use_cache=False).loss
+            loss.backward()
+            parameters = model.named_parameters()
+            found.append((loss, {n: p.grad for n, p in parameters if p.grad is not None}))
+            model.zero_grad()
+    finally:
+        model.eval()
+    (loss, grads), (compact_loss, compact_grads) = found
+    assert torch.equal(loss, compact_loss) and grads.keys() == compact_grads.keys()
+    for name, grad in grads.items():  # up to the order in which threads add
+        assert (compact_grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+
+
+def test_a_frozen_tower_keeps_no_graph(tiny_checkpoint, forward_cases):
+    """Nothing of the tower is kept for a backward pass where nothing of it learns."""
+    model = load(tiny_checkpoint)
+    model.model.vision_embed_tokens.requires_grad_(False)
+    inputs = case_inputs(forward_cases["single_small"])
+    kept = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        hook = model.model.vision_embed_tokens.register_forward_hook(
+            lambda module, given, output: kept.append(output.requires_grad)
+        )
+        model(**inputs, labels=inputs["input_ids"].clamp(min=0), use_cache=False).loss.backward()
+        hook.remove()
+    assert kept == [False, False]
+
+
 def test_tensor_names_of_the_real_model():
     """
     On the meta device, the official config gives the official names and shapes, the alias wte

@@ -1,0 +1,74 @@
+"""Models with random weights to measure on: the full size, and one that a CPU can train."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from demo.make_checkpoint import build_tokenizer
+from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
+
+# One factor for each of 48 or 32 pairs of rotated channels; random weights need no particular ones.
+SIZES = {
+    "full": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1365,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    },
+}
+# A twelfth of CLIP ViT-L's depth and a fourth of its width go with the small decoder.
+SMALL_CLIP = {
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+
+def make_config(size: str) -> Phi3VConfig:
+    """The configuration of Phi-3.5-vision (`full`), or scaled down (`small`). Same vocabulary."""
+    shape = SIZES[size]
+    pairs = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    return Phi3VConfig(
+        **shape,
+        num_key_value_heads=shape["num_attention_heads"],
+        vocab_size=32064,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={"type": "su", "short_factor": [1.0] * pairs, "long_factor": [32.0] * pairs},
+        img_processor=None
+        if size == "full"
+        else {"image_dim_out": SMALL_CLIP["hidden_size"], "clip_config": SMALL_CLIP},
+        bos_token_id=1,
+        pad_token_id=32000,
+    )
+
+
+def save_random(size: str, folder: Path, dtype: torch.dtype, device: str) -> None:
+    """Write a checkpoint with random weights, and a processor with the demo's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = make_config(size)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
+    config.pad_token_id = tokenizer.pad_token_id
+    with torch.device(device):
+        model = Phi3VForCausalLM._from_config(config, dtype=dtype)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1,
+        eos_token_id=tokenizer.convert_tokens_to_ids(("<|endoftext|>", "<|end|>")),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    processor = Phi3VProcessor(
+        image_processor=Phi3VImageProcessor(num_crops=16), tokenizer=tokenizer
+    )
+    processor.save_pretrained(folder)
