@@ -40,8 +40,8 @@ from phi3v.failures import LossWatch
 from phi3v.images import check_images
 from phi3v.metrics import accuracy
 from phi3v.packing import fit_lengths
+from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
-    ThroughputCallback,
     load_model,
     load_processor,
     make_training_arguments,
@@ -90,17 +90,19 @@ def main():
     checkpoint = find_checkpoint(args, settings)
 
     model = load_model(args, training_args)
+    throughput = ThroughputCallback()
     trainer = Trainer(
         model=model,
         args=training_args,
         data_collator=TrainingCollator(processor, with_ids=True),
         train_dataset=train_dataset,
         callbacks=[
-            ThroughputCallback(),
             LossWatch(),
+            throughput,
             CheckpointCallback(args, processor, settings),
         ],
     )
+    throughput.time_batches(trainer)
     set_learning_rates(trainer, args)
 
     def run_evaluation(file_name: str):

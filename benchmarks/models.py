@@ -8,7 +8,6 @@ from transformers import GenerationConfig
 from demo.make_checkpoint import build_tokenizer
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 
-# One factor for each of 48 or 32 pairs of rotated channels; random weights need no particular ones.
 SIZES = {
     "full": {
         "hidden_size": 3072,
@@ -17,18 +16,18 @@ SIZES = {
         "num_attention_heads": 32,
     },
     "small": {
-        "hidden_size": 512,
-        "intermediate_size": 1365,
+        "hidden_size": 256,
+        "intermediate_size": 688,
         "num_hidden_layers": 4,
         "num_attention_heads": 8,
     },
 }
-# A twelfth of CLIP ViT-L's depth and a fourth of its width go with the small decoder.
+# Scaled down as the small decoder is: an eighth of the width, a sixth of the depth.
 SMALL_CLIP = {
     "image_size": 336,
     "patch_size": 14,
-    "hidden_size": 256,
-    "intermediate_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
 }
@@ -44,6 +43,7 @@ def make_config(size: str) -> Phi3VConfig:
         vocab_size=32064,
         max_position_embeddings=131072,
         original_max_position_embeddings=4096,
+        # One factor for every pair of rotated channels. Random weights need no particular ones.
         rope_scaling={"type": "su", "short_factor": [1.0] * pairs, "long_factor": [32.0] * pairs},
         img_processor=None
         if size == "full"

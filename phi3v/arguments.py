@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import shutil
 import time
 
 import torch
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -35,6 +36,16 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--bf16", action="store_true", help="bf16 instead of the default fp16 mixed precision"
+    )
+    group.add_argument(
+        "--use_liger",
+        action="store_true",
+        help="fused kernels of liger-kernel for the decoder's RMSNorm, SwiGLU and RoPE",
+    )
+    group.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="compile the layers for training; the first steps then take minutes",
     )
 
     group = parser.add_argument_group("what is trained (default: everything)")
@@ -94,6 +105,13 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         action="store_true",
         help="go on without samples that are wrong or whose images cannot be read, and say which; "
         "without it, the first one ends the run",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute activations again in the backward pass instead of keeping them: about a "
+        "third more work, much less memory",
     )
     group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")
@@ -224,6 +242,15 @@ def parse_arguments(
             "--use_flash_attention needs the package flash-attn: pip install flash-attn "
             "--no-build-isolation. Without the flag, sdpa is used."
         )
+    if args.use_liger and not torch.cuda.is_available():
+        refuse("--use_liger needs a GPU, and none is visible. Leave it away.")
+    if args.use_liger and not is_liger_kernel_available():
+        refuse("--use_liger needs the package liger-kernel: pip install liger-kernel")
+    if args.torch_compile and not _compiler():
+        refuse(
+            "--torch_compile needs a C++ compiler, and neither $CXX, g++ nor clang++ is found. "
+            "Install one (apt-get install g++), or leave the flag away."
+        )
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if args.bf16 and capability and capability < (8, 0):
         refuse(
@@ -236,3 +263,9 @@ def parse_arguments(
             "--use_lora."
         )
     return args
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that torch.compile finds."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++")
+    return next((path for name in names if (path := shutil.which(name))), None)

@@ -40,6 +40,7 @@ HARMLESS = {
     *("eval_dataset_name_or_path", "eval_file", "eval_split", "eval_only", "eval_steps"),
     *("eval_batch_size_per_gpu", "max_new_tokens"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir"),
+    "gradient_checkpointing",
 }
 
 

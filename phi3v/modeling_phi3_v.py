@@ -394,9 +394,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         Whether a batch without images has to go through the vision tower all the same.
 
         Ranks meet in collectives, for gradients (DDP, ZeRO) and for parameters (ZeRO-3). A rank
-        that skips the tower while another runs it makes both wait for ever.
+        that skips the tower while another runs it makes both wait for ever. DDP misses gradients of
+        a single rank as well.
         """
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not (dist.is_available() and dist.is_initialized()):
             return False
         if is_deepspeed_zero3_enabled() and past_length == 0:
             return True

@@ -1,17 +1,14 @@
-"""
-What the recipes share around the Trainer: its arguments, the model and its adapters, the numbers at
-the end.
-"""
+"""What the recipes share around the Trainer: its arguments, the model and its adapters, saving."""
 
 import argparse
 import json
 import os
-import resource
-import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import FunctionType, MethodType
 
 import datasets
 import torch
@@ -24,10 +21,16 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3Attention,
+    Phi3DecoderLayer,
+    Phi3MLP,
+    Phi3RMSNorm,
+)
 
 from .failures import RunError, explain_failures
 from .files import finished_files
@@ -72,6 +75,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         // (int(os.environ.get("WORLD_SIZE", 1)) * args.batch_size_per_gpu),
         num_train_epochs=args.num_train_epochs,
         learning_rate=args.learning_rate,
+        optim="adamw_torch_fused",
         lr_scheduler_type="linear",
         warmup_steps=50,
         weight_decay=args.wd,
@@ -79,7 +83,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         adam_beta2=0.95,
         adam_epsilon=1e-7,
         max_grad_norm=1.0,
-        gradient_checkpointing=True,
+        gradient_checkpointing=args.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=args.bf16,
         # Without a GPU there is no fp16: the Trainer would run float32 under that name.
@@ -111,6 +115,8 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     print_first(
         f"{training_args.world_size} x {training_args.device.type}, {_precision(args, on_gpu)}, "
         f"{'flash attention 2' if args.use_flash_attention else 'sdpa attention'}, "
+        f"{'liger kernels, ' if args.use_liger else ''}"
+        f"{'compiled layers, ' if args.torch_compile else ''}"
         f"{'DeepSpeed ' + deepspeed.stem if deepspeed else 'DDP'}, batches of "
         f"{args.batch_size} = {training_args.world_size} x {args.batch_size_per_gpu} x "
         f"{training_args.gradient_accumulation_steps} accumulation steps"
@@ -139,6 +145,11 @@ def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
             raise RunError(f"--use_qlora: ZeRO-3 cannot shard 4-bit weights. {remedy}")
         if args.merge_lora:
             raise RunError(f"--merge_lora: ZeRO-3 has no rank with whole weights. {remedy}")
+        if args.torch_compile:
+            raise RunError(
+                "--torch_compile: ZeRO-3 puts weights together in the middle of a layer, which "
+                "cannot be compiled. Leave one of the two away."
+            )
 
 
 def _meet_again(on_gpu: bool) -> None:
@@ -285,11 +296,15 @@ def load_model(
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+    if args.use_liger:
+        use_fused_kernels(model)
     if args.freeze_vision_model:
         # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
         model.model.vision_embed_tokens.requires_grad_(False)
     if args.use_lora:
         model = get_peft_model(model, lora_config(args, model))
+    if args.torch_compile:
+        compile_layers(model)
     # A shard of ZeRO-3 says in ds_numel how large the whole is.
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     if trained == 0:
@@ -315,6 +330,61 @@ def _load_weights(name: str, **kwargs) -> Phi3VForCausalLM:
             "The checkpoint is incomplete."
         )
     return model
+
+
+def use_fused_kernels(model: Phi3VForCausalLM) -> None:
+    """
+    Let the decoder's RMSNorm, SwiGLU and RoPE run as one kernel of liger-kernel each.
+
+    Only this model's modules change, not their classes. Liger's fused head and loss has no place
+    here: the head runs at the labels alone.
+    """
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
+
+    def norm(module: Phi3RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+        return liger_rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+    def mlp(module: Phi3MLP, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return module.down_proj(liger_swiglu(gate, up))
+
+    # Attention calls RoPE by a name of its file. This is the same code, for which the name means
+    # liger's.
+    original = Phi3Attention.forward
+    names = {**original.__globals__, "apply_rotary_pos_emb": liger_rope}
+    attention = FunctionType(original.__code__, names, argdefs=original.__defaults__)
+
+    fused = {Phi3RMSNorm: norm, Phi3MLP: mlp, Phi3Attention: attention}
+    for module in model.modules():
+        if type(module) in fused:
+            module.forward = MethodType(fused[type(module)], module)
+
+
+def compile_layers(model: Phi3VForCausalLM | PeftModel) -> None:
+    """
+    Compile the decoder's and CLIP's layers for training, one by one and in place: layers of a kind
+    share the compiled code, and tensors keep their names.
+    """
+    # Gradients of one layer are sent while the next is computed, without DDP splitting layers for
+    # it; it cannot split those that are computed again in the backward pass.
+    torch._dynamo.config.optimize_ddp = False
+    # By default 8, for all layers together. Some are needed: one row or several, with padding or
+    # without, input with gradients or without. Past the limit, layers are no longer compiled.
+    torch._dynamo.config.recompile_limit = 32
+    for module in model.modules():
+        if isinstance(module, Phi3DecoderLayer | CLIPEncoderLayer):
+            module.forward = _compiled_in_training(module)
+
+
+def _compiled_in_training(layer: torch.nn.Module) -> Callable:
+    """The layer's forward. Generation is not compiled: its shapes change with every token."""
+    forward = layer.forward
+    compiled = torch.compile(forward, dynamic=True)  # lengths and numbers of crops vary
+
+    def choose(*args, **kwargs):
+        return (compiled if layer.training else forward)(*args, **kwargs)
+
+    return choose
 
 
 def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig:
@@ -417,60 +487,6 @@ def merge_adapter(args: argparse.Namespace, folder: Path, processor: Phi3VProces
     merged.save_pretrained(folder / "merged")
     processor.save_pretrained(folder / "merged")
     print_first("Merged the adapter into the model, as merged/ in the output folder")
-
-
-class ThroughputCallback(TrainerCallback):
-    """Counts tokens while training, and prints samples/s, tokens/s and peak memory at its end."""
-
-    def __init__(self):
-        self.tokens: torch.Tensor | int = 0
-        self.samples: torch.Tensor | int = 0
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # On the device and without a sum over ranks, so that counting never waits for a step.
-        def count(module, inputs, named_inputs):
-            if not module.training:
-                return
-            mask, positions = (named_inputs.get(k) for k in ("attention_mask", "position_ids"))
-            if mask is not None:
-                self.tokens = self.tokens + mask.sum()
-                self.samples = self.samples + len(mask)
-            elif positions is not None:  # packed rows: no padding, and every sample starts at 0
-                self.tokens = self.tokens + positions.numel()
-                self.samples = self.samples + (positions == 0).sum()
-
-        self.hook = model.register_forward_pre_hook(count, with_kwargs=True)
-        self.start = time.perf_counter()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        seconds = time.perf_counter() - self.start
-        self.hook.remove()
-        total = torch.tensor(
-            [int(self.samples), int(self.tokens)], device=args.device, dtype=torch.float64
-        )
-        peak = torch.tensor(_peak_memory(), device=args.device, dtype=torch.float64)
-        if dist.is_initialized():
-            dist.all_reduce(total)
-            dist.all_reduce(peak, dist.ReduceOp.MAX)
-        samples, tokens = total.tolist()
-        numbers = {
-            "train_samples_per_second": samples / seconds,
-            "train_tokens_per_second": tokens / seconds,
-            "peak_memory_gb_per_process": peak.item() / 1e9,
-        }
-        state.log_history.append({**numbers, "step": state.global_step})
-        print_first(
-            f"Training: {samples:,.0f} samples in {seconds:,.1f} s, {samples / seconds:.2f} "
-            f"samples/s, {tokens / seconds:,.0f} tokens/s, "
-            f"peak memory {peak.item() / 1e9:.2f} GB a process"
-        )
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def print_first(message: str) -> None:

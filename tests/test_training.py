@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import shutil
+import sys
+from collections import Counter
+from types import ModuleType
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, apply_rotary_pos_emb
 
 from conftest import GOLDEN, REPO
 from golden_util import make_image
@@ -16,8 +21,8 @@ from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
 from phi3v.failures import RunError
 from phi3v.metrics import accuracy
+from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
-    ThroughputCallback,
     load_model,
     load_processor,
     lora_config,
@@ -46,13 +51,16 @@ def make_trainer(args: argparse.Namespace, records: list[dict] = RECORDS) -> Tra
     training_args = make_training_arguments(args)
     training_args.logging_steps = 1
     training_args.warmup_steps = 0
-    return Trainer(
+    throughput = ThroughputCallback()
+    trainer = Trainer(
         model=load_model(args, training_args),
         args=training_args,
         data_collator=TrainingCollator(load_processor(args)),
         train_dataset=records,
-        callbacks=[ThroughputCallback()],
+        callbacks=[throughput],
     )
+    throughput.time_batches(trainer)
+    return trainer
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -285,16 +293,116 @@ def test_a_saved_model_is_the_trained_one(demo_checkpoint, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path).image_processor.num_crops == 1
 
 
-def test_throughput_counts_real_tokens(demo_checkpoint, tmp_path, capsys):
-    """Samples and tokens are those of the batches, padding excluded."""
-    args = arguments(demo_checkpoint, tmp_path, "--batch_size_per_gpu", "2")
+# ---------------------------------------------------------------- memory and speed
+
+
+@pytest.mark.parametrize("flags", [(), ("--use_lora", "--lora_dropout", "0.1")])
+def test_gradient_checkpointing_changes_no_bit(demo_checkpoint, tmp_path, flags):
+    """So a resume may turn it on or off: what is computed again, dropout included, is the same."""
+    weights = []
+    for switch in ("--gradient_checkpointing", "--no-gradient_checkpointing"):
+        trainer = make_trainer(arguments(demo_checkpoint, tmp_path, *flags, switch))
+        trainer.train()
+        weights.append(snapshot(trainer.model))
+        assert any(m.gradient_checkpointing for m in decoder_layers(trainer.model)) == (
+            switch == "--gradient_checkpointing"
+        )
+    with_it, without = weights
+    assert all(torch.equal(tensor, without[name]) for name, tensor in with_it.items())
+
+
+def decoder_layers(model: torch.nn.Module) -> list[Phi3DecoderLayer]:
+    return [module for module in model.modules() if isinstance(module, Phi3DecoderLayer)]
+
+
+def train_losses(args: argparse.Namespace) -> tuple[Trainer, list[float]]:
     trainer = make_trainer(args)
     trainer.train()
+    return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_compiled_layers_train_the_same(demo_checkpoint, tmp_path, monkeypatch):
+    """
+    With --torch_compile, every layer that runs is traced without a break, with gradient
+    checkpointing and adapters; losses stay, and so do the tensors' names. Generation is not traced.
+    """
+    compiled = []
+
+    def compile_without_compiler(function, **options):
+        assert options == {"dynamic": True}
+        compiled.append(function.__self__)
+        return torch_compile(function, dynamic=True, fullgraph=True, backend="eager")
+
+    torch_compile = torch.compile
+    monkeypatch.setattr("torch.compile", compile_without_compiler)
+    flags = ("--use_lora", "--lora_rank", "4")
+    plain, losses = train_losses(arguments(demo_checkpoint, tmp_path, *flags))
+    args = arguments(demo_checkpoint, tmp_path, *flags, "--torch_compile")
+    torch._dynamo.reset()
+    stats = torch._dynamo.utils.counters["stats"]
+    stats.clear()
+    trainer, compiled_losses = train_losses(args)
+    assert compiled_losses == pytest.approx(losses, rel=1e-4)
+    assert len(compiled) == 2 + 3, "the decoder's layers and CLIP's"
+    graphs = stats["unique_graphs"]
+    assert 0 < graphs <= 4, "layers share what is compiled"
+    assert snapshot(trainer.model).keys() == snapshot(plain.model).keys()
+    assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
+    generate(trainer, load_processor(args), RECORDS, args)
+    assert stats["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_code_trains_the_same(demo_checkpoint, tmp_path):
+    """The compiled code itself, over two optimizer steps with rows of different lengths."""
+    _, losses = train_losses(arguments(demo_checkpoint, tmp_path))
+    torch._dynamo.reset()
+    _, compiled_losses = train_losses(arguments(demo_checkpoint, tmp_path, "--torch_compile"))
+    assert len(losses) == 2 and compiled_losses == pytest.approx(losses, rel=1e-4)
+
+
+def test_fused_kernels_take_the_place_of_the_decoders_own(demo_checkpoint, tmp_path, monkeypatch):
+    """
+    With --use_liger, every norm, MLP and RoPE of this model calls liger's function with what it
+    needs. Stand-ins in plain PyTorch give the same loss and gradients, and other models keep
+    transformers' code.
+    """
+    calls = Counter()
+
+    def liger_rms_norm(x, weight, eps):
+        calls["norm"] += 1
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    def liger_swiglu(gate, up):
+        calls["mlp"] += 1
+        return torch.nn.functional.silu(gate) * up
+
+    def liger_rope(q, k, cos, sin):
+        calls["rope"] += 1
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    functional = ModuleType("liger_kernel.transformers.functional")
+    for function in (liger_rms_norm, liger_swiglu, liger_rope):
+        setattr(functional, function.__name__, function)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, functional.__name__, functional)
+
+    args = arguments(demo_checkpoint, tmp_path)
+    training_args = make_training_arguments(args)
     batch = TrainingCollator(load_processor(args))(RECORDS)
-    callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "tokens"))
-    assert callback.samples == len(RECORDS)
-    assert int(callback.tokens) == int(batch["attention_mask"].sum())
-    assert "tokens/s, peak memory" in capsys.readouterr().out
+    results = []
+    for args.use_liger in (True, False):
+        model = load_model(args, training_args).train()
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+        assert calls == {"norm": 2 * 2 + 1, "mlp": 2, "rope": 2}
+    (fused_loss, fused), (loss, plain) = results
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -384,6 +492,9 @@ def test_defaults_of_the_recipe():
         "lora_alpha_ratio": 2,
         "lora_dropout": 0.0,
         "freeze_vision_model": False,
+        "gradient_checkpointing": True,
+        "torch_compile": False,
+        "use_liger": False,
     }
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -399,6 +510,7 @@ def test_fixed_training_arguments(demo_checkpoint, tmp_path):
         "max_grad_norm": 1.0,
         "warmup_steps": 50,
         "logging_steps": 10,
+        "optim": "adamw_torch_fused",
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "weight_decay": 0.01,
@@ -447,6 +559,7 @@ def test_refused_arguments(flags, message, capsys):
         (["--deepspeed", "README.md"], "README.md.*Give a DeepSpeed config, or `none`"),
         (["--use_qlora", "--deepspeed", "ds_configs/zero3.json"], "cannot shard 4-bit weights"),
         (["--use_lora", "--merge_lora", "--deepspeed", "ds_configs/zero3.json"], "no rank with"),
+        (["--torch_compile", "--deepspeed", "ds_configs/zero3.json"], "Leave one of the two away"),
     ],
 )
 def test_refused_deepspeed_configs(flags, message, monkeypatch):
@@ -462,6 +575,9 @@ def test_refused_deepspeed_configs(flags, message, monkeypatch):
     [
         (None, ["--use_flash_attention"], "needs a GPU"),
         ((9, 0), ["--use_flash_attention"], "needs the package flash-attn"),
+        (None, ["--use_liger"], "--use_liger needs a GPU"),
+        ((9, 0), ["--use_liger"], "pip install liger-kernel"),
+        (None, ["--torch_compile"], "needs a C++ compiler"),
         ((7, 0), ["--bf16"], "needs an Ampere GPU or newer, not V100"),
     ],
 )
@@ -471,6 +587,8 @@ def test_refused_hardware(gpu, flags, message, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
     monkeypatch.setattr("phi3v.arguments.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("phi3v.arguments.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit):
         parse_arguments(make_parser(""), flags)
     assert message in capsys.readouterr().err
