@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPVisionModel, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import (
     Phi3Model,
@@ -379,6 +380,10 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding
             )
             position_ids = position_ids.clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        if self.config._attn_implementation == "sdpa" and inputs_embeds.shape[1] > 1:
+            attention_mask = self._additive_mask(
+                inputs_embeds, attention_mask, past_key_values, position_ids
+            )
 
         return super().forward(
             attention_mask=attention_mask,
@@ -388,6 +393,30 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _additive_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """
+        The (b, 1, s, keys) mask that sdpa adds to its scores; a mask that needs none as it was.
+
+        Given the bool mask of transformers, sdpa would make this one in every layer.
+        """
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if mask is None or mask.dtype != torch.bool:
+            return attention_mask
+        dtype = inputs_embeds.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def _all_ranks_must_see(self, past_length: int) -> bool:
         """

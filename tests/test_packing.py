@@ -87,9 +87,9 @@ def test_training_on_packed_rows(demo_checkpoint, tmp_path, capsys):
     trainer = make_trainer(args, rows)
     trainer.train()
     save_model(trainer, processor, args)
-    callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "tokens"))
-    assert int(callback.samples) == len(MORE)
-    assert int(callback.tokens) == sum(count_tokens(processor, one) for one in MORE)
+    callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "total"))
+    assert callback.total["samples"] == len(MORE)
+    assert callback.total["tokens"] == sum(count_tokens(processor, one) for one in MORE)
     assert f"5 samples in {len(rows)} rows" in capsys.readouterr().out
 
 
