@@ -107,6 +107,7 @@ class BaselineForCausalLM(Phi3VForCausalLM):
         use_cache: bool | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:

@@ -1,12 +1,15 @@
 """The benchmarks' baseline computes the official numbers, so what it is compared with is fair."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks.baseline import BaselineForCausalLM, preprocess
-from conftest import GOLDEN
+from benchmarks.side_by_side import in_turns, ratios, spread
+from conftest import GOLDEN, REPO
 from golden_util import make_image
 from phi3v import Phi3VImageProcessor
 from test_modeling import CASES, WITH_LOSS, case_inputs, check_outputs, rows
@@ -63,3 +66,41 @@ def test_baseline_pixels(num_crops):
         ours, theirs = processor([image], return_tensors="pt"), preprocess([image], num_crops)
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"]), spec
         assert torch.equal(ours["image_sizes"], theirs["image_sizes"])
+
+
+def test_turns_are_taken_and_compared_round_by_round():
+    """Sides alternate, the warm-up does not count, and a ratio is of one round."""
+    calls = []
+
+    def side(name: str, values: list[float]):
+        taken = iter(values)
+
+        def measure() -> float:
+            calls.append(name)
+            return next(taken)
+
+        return measure
+
+    measured = in_turns({"a": side("a", [9, 1, 2]), "b": side("b", [9, 4, 6])}, rounds=2)
+    assert calls == ["a", "b"] * 3 and measured == {"a": [1, 2], "b": [4, 6]}
+    assert ratios(measured["b"], measured["a"]) == "3.50 (3.00 to 4.00)"
+    assert spread([3, 1, 2]) == "2.00 (1.00 to 3.00)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "flags", "column"),
+    [
+        ("preprocessing", ["--rounds", "1"], "baseline, images/s"),
+        ("loader", ["--rounds", "1", "--samples", "2"], "baseline, MB"),
+        ("recipe_table", ["--size", "small", "--batch_size", "1", "--steps", "1"], "MFU"),
+    ],
+)
+def test_benchmarks_print_their_table(module, flags, column):
+    """The commands of the pages run, and give a row for every case."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *flags]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert column in table[0] and len(table) > 4
+    assert len({line.count("|") for line in table}) == 1
