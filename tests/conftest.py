@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import AutoProcessor
 
@@ -24,6 +25,15 @@ REPO = Path(__file__).parent.parent
 def two_threads():
     """The golden numbers were computed with two threads; other counts add up in another order."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """The model asks whether it has other ranks: a group that a test left would change the next."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the test left a process group behind")
 
 
 @pytest.fixture(scope="session")
