@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .collators import IMAGE_INPUTS, GenerationCollator
+from .collators import GenerationCollator
 from .failures import RunError
 from .files import write_json
 from .metrics import normalise
@@ -141,8 +141,12 @@ def generate(
         for batch in loader:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             if "crop_levels" in batch:
-                image_inputs = (batch.pop(name) for name in IMAGE_INPUTS)
-                batch["pixel_values"] = join_crops(*image_inputs, batch["image_sizes"])
+                batch["pixel_values"] = join_crops(
+                    batch["pixel_values"],
+                    batch.pop("crop_levels"),
+                    batch.pop("level_values"),
+                    batch["image_sizes"],
+                )
             output = model.generate(
                 **batch,
                 max_new_tokens=args.max_new_tokens,

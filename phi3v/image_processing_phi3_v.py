@@ -157,10 +157,10 @@ class Phi3VImageProcessor(PilBackend):
             raise ValueError(f"num_crops is {num_crops}, and must be 1 or more.")
         size = self.crop_size["height"]
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
-        images = [self._hd_transform(image, num_crops) for image in images]
-        views = [_global_view(image, size, mean, std) for image in images]
-        local = [_cut(image, size) for image in images]
-        image_sizes = [list(image.shape[1:]) for image in images]
+        padded = [self._hd_transform(image, num_crops) for image in images]
+        views = [_global_view(levels, size, mean, std) for levels in padded]
+        local = [_cut(levels, size) for levels in padded]
+        image_sizes = [list(levels.shape[1:]) for levels in padded]
         data = {
             "image_sizes": image_sizes,
             "num_img_tokens": [self._count_tokens(height, width) for height, width in image_sizes],
@@ -171,15 +171,9 @@ class Phi3VImageProcessor(PilBackend):
             data["crop_levels"] = torch.cat([crops.flatten(0, 1) for crops in local])
             data["level_values"] = _normalise(levels, mean, std)[:, 0]
         else:
-            pixel_values = torch.empty(len(images), num_crops + 1, 3, size, size)
-            for crops, view, cut in zip(pixel_values, views, local, strict=True):
-                count = cut.shape[0] * cut.shape[1]
-                crops[0] = view
-                crops[1 : 1 + count].view(cut.shape).copy_(cut)
-                for crop in crops[1 : 1 + count]:  # one by one, which fits the core's cache
-                    _normalise(crop, mean, std)
-                crops[1 + count :] = 0
-            data["pixel_values"] = pixel_values
+            data["pixel_values"] = torch.empty(len(images), num_crops + 1, 3, size, size)
+            for crops, view, cut in zip(data["pixel_values"], views, local, strict=True):
+                _fill(crops, view, cut, mean, std)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _hd_transform(self, image: Image.Image, num_crops: int) -> torch.Tensor:
@@ -201,9 +195,9 @@ class Phi3VImageProcessor(PilBackend):
             levels = resize(image, long, resized, height_first=False)
             shape, inside = (3, padded, long), np.s_[:, first : first + resized]
         if padded > resized:
-            image = np.full(shape, 255, dtype=np.uint8)
-            image[inside] = levels
-            levels = image
+            white = np.full(shape, 255, dtype=np.uint8)
+            white[inside] = levels
+            levels = white
         return torch.from_numpy(levels)
 
 
@@ -252,6 +246,25 @@ def _normalise(values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> t
     of ToTensor and Normalize, whose rounding is to be kept.
     """
     return values.div_(255).sub_(mean).div_(std)
+
+
+def _fill(
+    crops: torch.Tensor,
+    view: torch.Tensor,
+    cut: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+) -> None:
+    """
+    Write an image's crops to `crops` (k, 3, size, size): the global `view`, the levels `cut` (rows,
+    columns, 3, size, size) as the tower's values, zeros.
+    """
+    end = 1 + cut.shape[0] * cut.shape[1]
+    crops[0] = view
+    crops[1:end].view(cut.shape).copy_(cut)
+    for crop in crops[1:end]:  # one by one, which fits the core's cache
+        _normalise(crop, mean, std)
+    crops[end:] = 0
 
 
 def _global_view(

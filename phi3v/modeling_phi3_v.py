@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import CLIPVisionModel, GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -115,7 +115,7 @@ class Phi3VImageEmbedding(nn.Module):
         (rows, columns) of local crops of every image. `image_sizes`: (n, 2), height and width in
         pixels.
         """
-        sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+        sizes = _as_list(image_sizes)
         for height, width in sizes:
             if height % self.crop_size or width % self.crop_size or not height or not width:
                 raise ValueError(
@@ -172,6 +172,10 @@ class Phi3VImageEmbedding(nn.Module):
         return projected[torch.cat(order).to(projected.device, non_blocking=True)]
 
 
+def _as_list(image_sizes: torch.Tensor | list) -> list:
+    return image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+
+
 @lru_cache(maxsize=512)
 def token_order(rows: int, columns: int, side: int) -> torch.Tensor:
     """
@@ -215,14 +219,29 @@ def join_crops(
         image of most crops.
     """
     size = pixel_values.shape[-1]
-    sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
-    counts = [int(height) // size * (int(width) // size) for height, width in sizes]
+    counts = [int(h) // size * (int(w) // size) for h, w in _as_list(image_sizes)]
     joined = pixel_values.new_zeros(len(counts), 1 + max(counts), *pixel_values.shape[2:])
     joined[:, 0] = pixel_values[:, 0]
     for image, levels in zip(joined, crop_levels.split(counts), strict=True):
         for channel, values in enumerate(level_values):
             image[1 : 1 + len(levels), channel] = values[levels[:, channel].int()]
     return joined
+
+
+def _turn(rows: torch.Tensor, steps: list[int], dim: int) -> torch.Tensor:
+    """Every row of a (b, ...) batch, rolled to the right along its `dim` by its own `steps`."""
+    return torch.stack([row.roll(count, dim) for row, count in zip(rows, steps, strict=True)])
+
+
+def _put_padding_back(outputs: BaseModelOutputWithPast, paddings: list[int]) -> None:
+    """Turn what was computed of rows without padding before them to where the caller had them."""
+    outputs.last_hidden_state = _turn(outputs.last_hidden_state, paddings, 0)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(_turn(h, paddings, 0) for h in outputs.hidden_states)
+    if outputs.past_key_values is not None:
+        for layer in outputs.past_key_values.layers:  # (b, heads, s, head_dim)
+            layer.keys = _turn(layer.keys, paddings, 1)
+            layer.values = _turn(layer.values, paddings, 1)
 
 
 def assign_images(placeholders: list[int], image_tokens: list[int]) -> list[int]:
@@ -380,12 +399,20 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding
             )
             position_ids = position_ids.clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        if self.config._attn_implementation == "sdpa" and inputs_embeds.shape[1] > 1:
+        paddings = self._paddings(attention_mask, position_ids, past_key_values)
+        if paddings is not None:
+            # Padding on the right needs no mask: no token looks to its right.
+            length = inputs_embeds.shape[1]
+            attention_mask = None
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
+            if any(paddings):
+                inputs_embeds = _turn(inputs_embeds, [-count for count in paddings], 0)
+        elif self.config._attn_implementation == "sdpa" and inputs_embeds.shape[1] > 1:
             attention_mask = self._additive_mask(
                 inputs_embeds, attention_mask, past_key_values, position_ids
             )
 
-        return super().forward(
+        outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -393,6 +420,42 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             use_cache=use_cache,
             **kwargs,
         )
+        if paddings is not None and any(paddings):
+            _put_padding_back(outputs, paddings)
+        return outputs
+
+    def _paddings(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> list[int] | None:
+        """
+        How many tokens of padding stand before each row, where causal attention alone can do.
+
+        It can where a row is padding, its tokens, padding; the longest row has none; and nothing
+        is cached yet. Otherwise None. Attention without a mask skips what lies above the diagonal,
+        and flash attention does not take the rows out of the batch in every layer.
+        """
+        implementation = self.config._attn_implementation or ""
+        growing = past_key_values is None or type(past_key_values) is DynamicCache
+        if (
+            attention_mask is None
+            or attention_mask.ndim != 2
+            or position_ids is None
+            or position_ids.shape[1] != attention_mask.shape[1]
+            or not growing
+            or not (implementation == "sdpa" or implementation.startswith("flash_attention"))
+        ):
+            return None
+        real = attention_mask != 0
+        lengths, paddings = real.sum(-1), (real.cumsum(-1) == 0).sum(-1)
+        columns = torch.arange(real.shape[1], device=real.device) - paddings[:, None]
+        plain = (columns >= 0) & (columns < lengths[:, None]) == real
+        plain &= (position_ids == columns) | ~real
+        fits = plain.all() & (lengths.max() == real.shape[1])
+        *paddings, fits = torch.cat([paddings, fits[None]]).tolist()
+        return paddings if fits else None
 
     def _additive_mask(
         self,
@@ -402,9 +465,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """
-        The (b, 1, s, keys) mask that sdpa adds to its scores; a mask that needs none as it was.
-
-        Given the bool mask of transformers, sdpa would make this one in every layer.
+        The (b, 1, s, keys) mask that sdpa adds to its scores, made from transformers' bool mask: of
+        a bool mask sdpa would make it in every layer. Where transformers makes no mask, or one that
+        sdpa can add, `attention_mask` is returned as it is, for transformers to do so again.
         """
         mask = create_causal_mask(
             config=self.config,
@@ -505,6 +568,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             vocab_size logits.
         """
         if crop_levels is not None:
+            # Read once: the host waits for the device each time.
+            image_sizes = _as_list(image_sizes)
             pixel_values = join_crops(pixel_values, crop_levels, level_values, image_sizes)
         outputs = self.model(
             input_ids=input_ids,

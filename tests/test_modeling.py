@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -391,6 +392,59 @@ def test_a_row_does_not_depend_on_its_batch(model, side):
             length = len(alone)
             ours = together[row, -length:] if side == "left" else together[row, :length]
             torch.testing.assert_close(ours, alone, rtol=0, atol=1e-3)
+
+
+PADDED = {
+    "left": ([(3, 9), (0, 9), (8, 9)], False),
+    "right": ([(0, 4), (0, 9), (0, 1)], False),
+    "both": ([(2, 5), (0, 9), (8, 9)], False),
+    "every row": ([(3, 8), (1, 8), (7, 8)], True),
+    "gap": ([(3, 9), (0, 9), (0, 9)], True),
+}
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_needs_no_mask(tiny_checkpoint, monkeypatch, kind):
+    """
+    With padding at the ends of its rows, a batch runs without a mask, which lets attention skip
+    what no token sees. States, cache and the next token are those of eager attention with a mask.
+    Other padding takes a mask.
+    """
+    spans, needs_mask = PADDED[kind]
+    ids = torch.arange(100, 127).view(3, 9)
+    mask = torch.zeros_like(ids)
+    for row, (first, end) in zip(mask, spans, strict=True):
+        row[first:end] = 1
+    if kind == "gap":
+        mask[2, 4] = 0
+    masked = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masked.append(attn_mask is not None)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    outputs = {}
+    for attention in ("eager", "sdpa"):
+        model = load(tiny_checkpoint, attn_implementation=attention)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        with torch.no_grad():
+            prefill = model(ids, attention_mask=mask, use_cache=True, output_hidden_states=True)
+            first = [[prefill.logits, *prefill.hidden_states], []]
+            for layer in prefill.past_key_values.layers:
+                first[1] += [layer.keys.transpose(1, 2), layer.values.transpose(1, 2)]
+            prefill_masks, masked[:] = list(masked), []
+            then = model(
+                ids[:, :1],
+                attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1),
+                past_key_values=prefill.past_key_values,
+            )
+        real = mask.bool()
+        outputs[attention] = [state[real] for state in chain(*first)] + [then.logits]
+    assert len(prefill_masks) == len(model.model.layers)
+    assert set(prefill_masks) == {needs_mask}
+    for eager, sdpa in zip(outputs["eager"], outputs["sdpa"], strict=True):
+        torch.testing.assert_close(sdpa, eager, rtol=0, atol=1e-4)
 
 
 def test_mixed_batch_generates_what_each_row_does(model):
