@@ -1,13 +1,13 @@
 """
 The textbook baseline: what the official code computes, the way it computes it.
 
-PIL resize, float tensor, normalisation and bicubic over the whole image, padding to num_crops + 1
-crops; all CLIP layers over all crops, padding included; eager attention; float32 logits at every
-position; generation one sample at a time. Weights, names and results are those of `phi3v`:
-tests/test_benchmarks.py holds both against the same reference numbers.
+PIL resize, float tensor and normalisation of the whole image, the global crop from that by bicubic,
+padding to num_crops + 1 crops; all CLIP layers over all crops, padding included; eager attention;
+float32 logits at every position; generation one sample at a time. Weights, names and results are
+those of `phi3v`: tests/test_benchmarks.py holds both against the same reference numbers.
 
 Where it is kinder than the official code, it is so in our disfavour: cos and sin of RoPE are
-computed once a forward, not once a layer; the global crop alone is normalised with the image.
+computed once a forward, not once a layer.
 """
 
 import math
@@ -99,29 +99,10 @@ class BaselineForCausalLM(Phi3VForCausalLM):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        **inputs,
     ) -> CausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            output_hidden_states=output_hidden_states,
-        )
+        outputs = self.model(input_ids=input_ids, **inputs)
         logits = self.lm_head(outputs.last_hidden_state).float()
         loss = None
         if labels is not None:

@@ -1,7 +1,7 @@
 """
 What the conversion of videos costs, against decoding them and nothing else.
 
-    python -m benchmarks.conversion --json conversion.json
+    python -m benchmarks.conversion
 
 makes an archive like the UCF101 subset (320x240, 186 frames, 25 a second, XVID in avi, 530 kB a
 video: real photographs that move) and prints, as medians of the rounds with their range,
@@ -11,19 +11,13 @@ video: real photographs that move) and prints, as medians of the rounds with the
     wall time a video   the same, and convert_ucf101.py with two workers
 
 `convert_ucf101.py` is run as a user runs it, so its times include the start of Python, the imports
-and the extraction of the archive; those of decoding and of the textbook way do not. A round runs
-all of them, every other one in reverse, and a ratio compares runs of the same round: the speed of
-a machine that others use as well drifts. Both ways must give the same pixels. 700 MB of temporary
-files and some ten minutes with the defaults; two workers need two cores that are idle.
+and the extraction of the archive; those of decoding and of the textbook way do not. Both ways must
+give the same pixels. 700 MB of temporary files and some ten minutes with the defaults; two workers
+need two cores that are idle.
 """
 
-import argparse
-import json
-import os
-import platform
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -34,12 +28,14 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
-import PIL
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
+
+from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 
 CONVERTER = Path(__file__).resolve().parent.parent / "convert_ucf101.py"
 # On a disk the state of the file system would be measured as well: ext4 here took 0.4 ms, not 0.02,
@@ -54,7 +50,13 @@ JPEG_QUALITY = 95
 
 FLOOR, TEXTBOOK = "decoding alone", "textbook way"
 ONE, TWO = "convert_ucf101.py, 1 worker", "convert_ucf101.py, 2 workers"
-Cost = tuple[float, float]  # seconds of CPU time, of wall time
+
+
+class Cost(NamedTuple):
+    """Seconds."""
+
+    cpu: float
+    wall: float
 
 
 # ---- The videos ----
@@ -140,7 +142,7 @@ def convert_textbook(videos: list[Path], out: Path) -> None:
 def timed(work: Callable[[], None]) -> Cost:
     cpu, wall = time.process_time(), time.perf_counter()
     work()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def measure(work: Callable[[], None]) -> Cost:
@@ -158,7 +160,7 @@ def measure_converter(folder: Path, num_workers: int) -> Cost:
     before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - wall
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall
+    return Cost(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall)
 
 
 def check_pixels(converted: Path, textbook: Path) -> None:
@@ -179,11 +181,8 @@ def measure_all(folder: Path, num_videos: int, num_rounds: int) -> dict[str, lis
         TWO: lambda: measure_converter(folder, 2),
         TEXTBOOK: lambda: measure(partial(convert_textbook, videos, folder / "textbook")),
     }
-    costs: dict[str, list[Cost]] = {way: [] for way in ways}
-    for i in range(num_rounds):
-        print(f"round {i + 1} of {num_rounds}", file=sys.stderr)
-        for way in list(ways)[:: -1 if i % 2 else 1]:
-            costs[way].append(ways[way]())
+    # Every process starts anew: there is nothing to warm up.
+    costs = in_turns(ways, num_rounds, warm_up=0)
     check_pixels(folder / "converted/images/train", folder / "textbook")
     return costs
 
@@ -191,58 +190,30 @@ def measure_all(folder: Path, num_videos: int, num_rounds: int) -> dict[str, lis
 # ---- The table ----
 
 
-def spread(values: list[float], digits: int) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+def make_rows(costs: dict[str, list[Cost]], num_videos: int) -> list[list[str]]:
+    """A row for every way: CPU time beside that of decoding, wall time beside 1 worker's."""
+    cpu = {way: [1000 * cost.cpu / num_videos for cost in each] for way, each in costs.items()}
+    wall = {way: [1000 * cost.wall / num_videos for cost in each] for way, each in costs.items()}
+    return [
+        [
+            *(way, spread(cpu[way], 1), ratios(cpu[way], cpu[FLOOR])),
+            *(spread(wall[way], 1), ratios(wall[way], wall[ONE])),
+        ]
+        for way in costs
+    ]
 
 
-def ratios(costs: dict[str, list[Cost]], way: str, base: str, kind: int) -> list[float]:
-    """Round by round; kind 0 compares CPU times, 1 wall times."""
-    return [a[kind] / b[kind] for a, b in zip(costs[way], costs[base], strict=True)]
-
-
-def print_table(costs: dict[str, list[Cost]], num_videos: int) -> None:
-    row = "{:30}{:>24}{:>20}{:>24}".format
-    print(row("", "CPU ms a video", "of decoding", "wall ms a video"))
-    for way, seconds in costs.items():
-        cpu, wall = ([1000 * s / num_videos for s in kind] for kind in zip(*seconds, strict=True))
-        share = spread(ratios(costs, way, FLOOR, 0), 2)
-        print(row(way, spread(cpu, 1), share, spread(wall, 1)))
-    print(f"2 workers are {spread(ratios(costs, ONE, TWO, 1), 2)} times as fast as 1")
-    print(f"1 worker is {spread(ratios(costs, TEXTBOOK, ONE, 1), 2)} times as fast as the textbook")
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--videos", type=int, default=400, help="videos in the archive (default: %(default)s)")
-    add("--rounds", type=int, default=3, help="times that each is run (default: %(default)s)")
-    add(
-        "--tmp_dir",
-        type=Path,
-        default=MEMORY_DISK if MEMORY_DISK.is_dir() else tempfile.gettempdir(),
-        help="for all files (default: %(default)s)",
-    )
-    add("--json", type=Path, help="write all measured times to this file")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def main():
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--videos", type=int, default=400, help="videos in the archive (400)")
+    default = MEMORY_DISK if MEMORY_DISK.is_dir() else Path(tempfile.gettempdir())
+    parser.add_argument("--tmp_dir", type=Path, default=default, help=f"for all files ({default})")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.tmp_dir) as folder:
         costs = measure_all(Path(folder), args.videos, args.rounds)
-    print_table(costs, args.videos)
-    if args.json:
-        report = {
-            "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
-            "versions": {"av": av.__version__, "pillow": PIL.__version__},
-            "videos": args.videos,
-            "frames_a_video": NUM_FRAMES,
-            "seconds_cpu_wall": costs,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    header = ["way", "CPU ms a video", "of decoding alone", "wall ms a video", "of 1 worker"]
+    name = f"Conversion of {args.videos} videos of {NUM_FRAMES} frames"
+    report(name, header, make_rows(costs, args.videos), args.save)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.baseline import BaselineForCausalLM
-from benchmarks.models import save_random
+from benchmarks.models import SIZES, save_random
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 from benchmarks.training_step import LABELS, make_batch
 from phi3v import Phi3VForCausalLM
@@ -67,7 +67,7 @@ def generate(model, batches: list[dict], new_tokens: int) -> tuple[float, torch.
 
 def main():
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--size", choices=("small", "full"), default="small", help="of the model")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
     parser.add_argument("--samples", type=int, default=8, help="prompts a round (8)")
     parser.add_argument("--batch_size", type=int, default=8, help="ours (8)")
     parser.add_argument("--new_tokens", type=int, default=8, help="of every answer (8)")

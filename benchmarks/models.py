@@ -1,11 +1,10 @@
-"""Models with random weights to measure on: the full size, and one that a CPU can train."""
+"""Models with random weights: the full size, one that a CPU can train, and one to try commands."""
 
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from demo.make_checkpoint import build_tokenizer
+from demo.make_checkpoint import build_tokenizer, save_checkpoint
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 
 SIZES = {
@@ -21,21 +20,33 @@ SIZES = {
         "num_hidden_layers": 4,
         "num_attention_heads": 8,
     },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
 }
-# Scaled down as the small decoder is: an eighth of the width, a sixth of the depth.
-SMALL_CLIP = {
-    "image_size": 336,
-    "patch_size": 14,
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
+# Scaled down as the decoders are; small: an eighth of the width, a sixth of the depth.
+CLIPS = {
+    "small": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
 }
 
 
 def make_config(size: str) -> Phi3VConfig:
-    """The configuration of Phi-3.5-vision (`full`), or scaled down (`small`). Same vocabulary."""
-    shape = SIZES[size]
+    """The configuration of Phi-3.5-vision (`full`), or scaled down. Same crops and vocabulary."""
+    shape, clip = SIZES[size], CLIPS.get(size)
     pairs = shape["hidden_size"] // shape["num_attention_heads"] // 2
     return Phi3VConfig(
         **shape,
@@ -45,9 +56,11 @@ def make_config(size: str) -> Phi3VConfig:
         original_max_position_embeddings=4096,
         # One factor for every pair of rotated channels. Random weights need no particular ones.
         rope_scaling={"type": "su", "short_factor": [1.0] * pairs, "long_factor": [32.0] * pairs},
-        img_processor=None
-        if size == "full"
-        else {"image_dim_out": SMALL_CLIP["hidden_size"], "clip_config": SMALL_CLIP},
+        img_processor=clip
+        and {
+            "image_dim_out": clip["hidden_size"],
+            "clip_config": {"image_size": 336, "patch_size": 14, **clip},
+        },
         bos_token_id=1,
         pad_token_id=32000,
     )
@@ -62,13 +75,4 @@ def save_random(size: str, folder: Path, dtype: torch.dtype, device: str) -> Non
     config.pad_token_id = tokenizer.pad_token_id
     with torch.device(device):
         model = Phi3VForCausalLM._from_config(config, dtype=dtype)
-    model.generation_config = GenerationConfig(
-        bos_token_id=1,
-        eos_token_id=tokenizer.convert_tokens_to_ids(("<|endoftext|>", "<|end|>")),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(folder)
-    processor = Phi3VProcessor(
-        image_processor=Phi3VImageProcessor(num_crops=16), tokenizer=tokenizer
-    )
-    processor.save_pretrained(folder)
+    save_checkpoint(folder, model, Phi3VProcessor(Phi3VImageProcessor(num_crops=16), tokenizer))

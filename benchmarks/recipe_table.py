@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from benchmarks.models import save_random
+from benchmarks.models import SIZES, save_random
 from benchmarks.preprocessing import make_file, read
 from benchmarks.side_by_side import make_parser, report
 
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace, method: str, flash: bool, work_dir: Path) -> d
 
 
 def main():
-    parser = make_parser(__doc__, rounds=1)
+    parser = make_parser(__doc__)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--size", choices=("full", "small"), default="full", help="of the model")
+    parser.add_argument("--size", choices=SIZES, default="full", help="of the model")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument(
         "--flash_attention", action="store_true", help="each method with flash attention 2 as well"

@@ -9,21 +9,25 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "pillow", "av", "numba")
 
+Measured = TypeVar("Measured")
 
-def make_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The flags that every benchmark has."""
+
+def make_parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The flags that every benchmark has; `--rounds` where there is a default for it."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"times that each is measured ({rounds})"
-    )
+    if rounds is not None:
+        parser.add_argument(
+            "--rounds", type=int, default=rounds, help=f"times that each is measured ({rounds})"
+        )
     parser.add_argument(
         "--save", action="store_true", help="write the table into benchmarks/results/ too"
     )
@@ -31,8 +35,8 @@ def make_parser(description: str | None, rounds: int) -> argparse.ArgumentParser
 
 
 def in_turns(
-    variants: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1
-) -> dict[str, list[float]]:
+    variants: dict[str, Callable[[], Measured]], rounds: int, warm_up: int = 1
+) -> dict[str, list[Measured]]:
     """
     Call every variant once a round, after `warm_up` rounds that do not count, and collect what they
     return. Whatever slows the machine for a while slows all of them.

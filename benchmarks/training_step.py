@@ -12,7 +12,7 @@ of a GPU what PyTorch allocated, of a CPU process what came on top of its librar
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -24,12 +24,13 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.baseline import BaselineForCausalLM
-from benchmarks.models import make_config, save_random
+from benchmarks.models import SIZES, make_config, save_random
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 from phi3v import Phi3VForCausalLM
-from phi3v.training import lora_config
+from phi3v.training import lora_config, quantization_config
 
 METHODS = ("full", "frozen", "lora", "qlora")
+SWITCH = ("yes", "no")
 ROWS, COLUMNS, NUM_CROPS = 5, 3, 16
 LABELS = 8
 
@@ -58,16 +59,6 @@ def make_batch(
 
 
 def load(args: argparse.Namespace, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    quantization = {}
-    if args.method == "qlora":
-        from transformers import BitsAndBytesConfig
-
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", "model.vision_embed_tokens"],
-        )
     kind = Phi3VForCausalLM if args.child == "ours" else BaselineForCausalLM
     attention = args.attention if args.child == "ours" else "eager"
     model = kind.from_pretrained(
@@ -75,7 +66,7 @@ def load(args: argparse.Namespace, device: str, dtype: torch.dtype) -> torch.nn.
         dtype=dtype,
         attn_implementation=attention,
         device_map={"": device},
-        **quantization,
+        quantization_config=quantization_config(dtype) if args.method == "qlora" else None,
     )
     if args.method == "frozen":
         model.model.vision_embed_tokens.requires_grad_(False)
@@ -119,15 +110,18 @@ def run_child(args: argparse.Namespace) -> None:
 
 def process_peak() -> int:
     """Bytes that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its number starts at the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    [kilobytes] = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kilobytes) * 1024
 
 
-def measure(args: argparse.Namespace, side: str, method: str, checkpointing: bool) -> dict:
+def measure(args: argparse.Namespace, side: str, method: str, checkpointing: str) -> dict:
     command = [
         *(sys.executable, "-m", "benchmarks.training_step", "--child", side),
         *("--folder", args.folder, "--method", method, "--steps", str(args.steps)),
         *("--tokens", str(args.tokens), "--attention", args.attention),
-        *(["--gradient_checkpointing"] if checkpointing else []),
+        *(["--gradient_checkpointing"] if checkpointing == "yes" else []),
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -139,10 +133,11 @@ def measure(args: argparse.Namespace, side: str, method: str, checkpointing: boo
 
 def main():
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--size", choices=("small", "full"), default="small", help="of the model")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
     parser.add_argument("--steps", type=int, default=4, help="measured in every process (4)")
     parser.add_argument("--tokens", type=int, default=2443, help="of the sample (2443)")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--checkpointing", nargs="+", default=SWITCH, choices=SWITCH)
     parser.add_argument(
         "--attention", default="sdpa", help="ours: sdpa (default) or flash_attention_2"
     )
@@ -160,7 +155,7 @@ def main():
         dtype = torch.bfloat16 if on_gpu else torch.float32
         save_random(args.size, Path(folder), dtype, "cuda" if on_gpu else "cpu")
         for method in args.methods:
-            for checkpointing in (True, False):
+            for checkpointing in args.checkpointing:
                 rows.append(compare(args, method, checkpointing))
     header = [
         *("method", "checkpointing", "ours, s", "baseline, s", "faster"),
@@ -171,7 +166,7 @@ def main():
     report(name, header, rows, args.save)
 
 
-def compare(args: argparse.Namespace, method: str, checkpointing: bool) -> list[str]:
+def compare(args: argparse.Namespace, method: str, checkpointing: str) -> list[str]:
     sides = ("ours", "baseline")
     measured = in_turns(
         {side: lambda side=side: measure(args, side, method, checkpointing) for side in sides},
@@ -183,7 +178,7 @@ def compare(args: argparse.Namespace, method: str, checkpointing: bool) -> list[
         for key in ("seconds", "peak")
     )
     return [
-        *(method, "yes" if checkpointing else "no"),
+        *(method, checkpointing),
         *(spread(seconds["ours"], 3), spread(seconds["baseline"], 3)),
         f"{ratios(seconds['baseline'], seconds['ours'])}x",
         f"{args.tokens / statistics.median(seconds['ours']):,.0f}",

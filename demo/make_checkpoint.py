@@ -174,6 +174,15 @@ def write_checkpoint(out: Path, seed: int) -> int:
     tokenizer = build_tokenizer()
     set_seed(seed)
     model = Phi3VForCausalLM(build_config(tokenizer))
+    crop_size = {"height": FRAME_SIZE, "width": FRAME_SIZE}
+    image_processor = Phi3VImageProcessor(num_crops=1, crop_size=crop_size)
+    save_checkpoint(out, model, Phi3VProcessor(image_processor, tokenizer))
+    return model.num_parameters()
+
+
+def save_checkpoint(out: Path, model: Phi3VForCausalLM, processor: Phi3VProcessor) -> None:
+    """Write the model, the processor, and generation settings with the tokenizer's ids."""
+    tokenizer = processor.tokenizer
     stops = ("<|endoftext|>", "<|assistant|>", "<|end|>")
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -181,10 +190,7 @@ def write_checkpoint(out: Path, seed: int) -> int:
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(out)
-    crop_size = {"height": FRAME_SIZE, "width": FRAME_SIZE}
-    image_processor = Phi3VImageProcessor(num_crops=1, crop_size=crop_size)
-    Phi3VProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(out)
-    return model.num_parameters()
+    processor.save_pretrained(out)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -45,7 +45,7 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     group.add_argument(
         "--torch_compile",
         action="store_true",
-        help="compile the layers for training; the first steps then take minutes",
+        help="compile the layers for training; the first steps are slower, while it compiles",
     )
 
     group = parser.add_argument_group("what is trained (default: everything)")
@@ -110,8 +110,8 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         "--gradient_checkpointing",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute activations again in the backward pass instead of keeping them: about a "
-        "third more work, much less memory",
+        help="compute activations again in the backward pass instead of keeping them: saves "
+        "memory, costs a second forward pass of each layer",
     )
     group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")

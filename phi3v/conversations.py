@@ -15,13 +15,13 @@ checks such a file and every image in it; see `check.py`.
 """
 
 import functools
+import math
 import os
 import re
 import shlex
 import stat
 import sys
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +29,9 @@ import datasets
 from datasets.utils import tqdm
 from PIL import Image
 
-from .errors import ConversationError, find_bad, quoted, settle
+from .errors import SKIP, ConversationError, find_bad, on_all_ranks, quoted, settle
 from .image_processing_phi3_v import Phi3VImageProcessor
-from .images import image_size, images_of, read_image
+from .images import MAX_CHECKED, image_size, images_of, read_image
 from .json_lines import parse_line, read_lines
 
 FEATURES = datasets.Features(
@@ -61,10 +61,10 @@ class Origin(NamedTuple):
 
     path: Path
     image_dir: Path
-    lines: array  # of every record, in 4 bytes each
+    stored: datasets.Dataset  # with the number of every record's line
 
     def where(self, index: int) -> str:
-        return f"{self.path}, line {self.lines[index]}"
+        return f"{self.path}, line {self.stored[index]['line']}"
 
     def command(self, num_crops: int) -> str:
         """What checks the whole file."""
@@ -78,10 +78,15 @@ def load_conversations(
     """
     Read and check a jsonl file of conversations. Of images, it is checked that they are files.
 
+    The checked records are kept in the cache of `datasets`, so that only the first run on a file
+    reads it. Images may go at any time: later runs look for them again, for 20,000 in even steps
+    where there are more records.
+
     Args:
         path: the jsonl file.
         image_dir: the folder that its image paths are relative to.
-        skip_bad: leave bad lines out and print which, instead of an error for the first.
+        skip_bad: leave bad lines out and print which, instead of an error for the first. The whole
+            file is then checked in every run.
 
     Returns:
         A memory-mapped dataset with `FEATURES`, images as full paths, in the order of the file. Its
@@ -92,51 +97,84 @@ def load_conversations(
             wrong with it. Or the file as a whole is.
     """
     path, image_dir = Path(path), Path(image_dir)
-    lines = array("I")
+    bad = _bad_lines(path, image_dir) if skip_bad else {}
+    stored = on_all_ranks(lambda: _stored_records(path, image_dir, bad))
+    records = stored.remove_columns("line")
+    records.origin = Origin(path, image_dir, stored.select_columns("line"))
+    return records
+
+
+def _bad_lines(path: Path, image_dir: Path) -> dict[int, str]:
+    """The lines that are wrong, printed, with what is wrong with them."""
+    checker, total = LineChecker(path, image_dir), 0
 
     def numbered() -> Iterator[tuple[int, tuple[int, bytes]]]:
+        nonlocal total
         # The bar of `datasets` is hidden where all bars are, see `make_training_arguments`.
         for number, line in tqdm(read_lines(path), f"reading {path.name}", unit="line", delay=3):
-            lines.append(number)
+            total += 1
             yield number, (number, line)
 
-    checker = LineChecker(path, image_dir)
-    # Checked in every run, because the cached dataset does not know that an image is gone.
-    bad = find_bad(numbered(), lambda numbered_line: checker.check(*numbered_line), skip_bad)
-    settle(bad, len(lines), str(path), skip_bad)
+    bad = find_bad(numbered(), lambda numbered_line: checker.check(*numbered_line), True)
+    settle(bad, total, str(path), skip_bad=True)
+    return bad
+
+
+def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets.Dataset:
+    """All but the `bad` lines, checked, from the cache or for it, with the numbers of the lines."""
+    next(read_lines(path))  # what is wrong with the file as a whole
     info = path.stat()
     try:
-        records = datasets.Dataset.from_generator(
-            _read_again,
-            features=FEATURES,
+        stored = datasets.Dataset.from_generator(
+            _checked_records,
+            features=datasets.Features({**FEATURES, "line": datasets.Value("int64")}),
             gen_kwargs={
-                "path": str(path.resolve()),
+                "path": str(path),
                 "image_dir": os.path.realpath(image_dir),
-                # Size and time are part of the cache key: an edited file is read anew.
-                "version": (info.st_size, info.st_mtime_ns),
+                # Where the path leads, size and time are part of the cache key: an edited file is
+                # read anew.
+                "version": (str(path.resolve()), info.st_size, info.st_mtime_ns),
                 "bad": tuple(bad),
             },
         )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error.__cause__, ConversationError):
+            raise error.__cause__ from None
         raise ConversationError(
             f"{path}: cannot write its cache to {datasets.config.HF_DATASETS_CACHE} "
             f"({error.__cause__ or error}). Set HF_DATASETS_CACHE to a folder with room."
         ) from error
-    records.origin = Origin(path, image_dir, array("I", (n for n in lines if n not in bad)))
-    return records
+    _look_for_images(stored, path, image_dir)
+    return stored
 
 
-def _read_again(
-    path: str, image_dir: str, version: tuple[int, int], bad: tuple[int, ...]
+def _checked_records(
+    path: str, image_dir: str, version: tuple[str, int, int], bad: tuple[int, ...]
 ) -> Iterator[dict]:
-    """The records of a file whose lines have been checked."""
-    bad = set(bad)
+    checker, bad = LineChecker(Path(path), Path(image_dir)), set(bad)
     for number, line in read_lines(Path(path)):
         if number not in bad:
-            record = check_record(parse_line(line, path), path)
-            for turn in record["conversations"]:
-                turn["images"] = [os.path.join(image_dir, name) for name in turn["images"]]
-            yield record
+            try:
+                yield {**checker.check(number, line), "line": number}
+            except ConversationError as error:
+                raise ConversationError(f"{error} {SKIP}") from None
+
+
+def _look_for_images(stored: datasets.Dataset, path: Path, image_dir: Path) -> None:
+    """Raise ConversationError for the first image that is gone since its record was stored."""
+    folder = ImageFolder(image_dir)
+    prefix = os.path.join(folder.folder, "")
+    step = math.ceil(len(stored) / MAX_CHECKED)
+    some = stored.select(range(0, len(stored), step)) if step > 1 else stored
+    for records in some.iter(batch_size=1000):
+        for line, turns in zip(records["line"], records["conversations"], strict=True):
+            for index, turn in enumerate(turns):
+                for image in turn["images"]:
+                    field = f"{path}, line {line}: conversations[{index}].images"
+                    try:
+                        folder.find(image.removeprefix(prefix), field)
+                    except ConversationError as error:
+                        raise ConversationError(f"{error} {SKIP}") from None
 
 
 class LineChecker:
@@ -179,6 +217,7 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path):
         self.folder = os.path.realpath(folder)
+        self._prefix = os.path.join(self.folder, "")
         # Images share their folders, so these are not resolved for every image.
         self._is_inside = functools.lru_cache(10_000)(self._resolves_inside)
 
@@ -192,10 +231,11 @@ class ImageFolder:
         """
         if not isinstance(name, str):
             raise ConversationError(f"{field} must hold paths, not {_kind(name)}.")
-        path = os.path.join(self.folder, name)
+        # Plain operations on strings: a dataset may have millions of names.
+        path = name if name.startswith("/") else self._prefix + name
         try:
             name.encode()
-            inside = self._is_inside(os.path.dirname(path))
+            inside = self._is_inside(path.rpartition("/")[0] or "/")
             info = os.lstat(path) if inside else None
             if inside and stat.S_ISLNK(info.st_mode):
                 inside, info = self._resolves_inside(path), os.stat(path)
@@ -221,7 +261,7 @@ class ImageFolder:
         raise ConversationError(f"{field}: {quoted(name)} {problem}.")
 
     def _resolves_inside(self, path: str) -> bool:
-        return f"{os.path.realpath(path)}{os.sep}".startswith(os.path.join(self.folder, ""))
+        return os.path.join(os.path.realpath(path), "").startswith(self._prefix)
 
 
 def check_record(record: object, where: str) -> dict:

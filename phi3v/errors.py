@@ -77,6 +77,22 @@ def find_bad(
     return dict(sorted(found.items()))
 
 
+def on_all_ranks(load: Callable[[], T]) -> T:
+    """What `load()` returns. A ConversationError of one rank is raised on every one."""
+    message = result = None
+    try:
+        result = load()
+    except ConversationError as error:
+        message = str(error)
+    messages = [message]
+    if dist.is_available() and dist.is_initialized():
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    for message in filter(None, messages):
+        raise ConversationError(message)
+    return result
+
+
 def settle(bad: dict[int, str], total: int, what: str, skip_bad: bool) -> None:
     """
     Say what `find_bad` found among `total` samples of `what`: with `skip_bad` in print, else as an

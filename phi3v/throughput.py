@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from .failures import RunError
 from .training import print_first
 
 # What is counted in every micro-batch, padding excluded. `pairs` are a query and a key that it
@@ -170,6 +171,8 @@ class ThroughputCallback(TrainerCallback):
         `peak_memory_gb_per_process`: since the process started.
     """
 
+    knows_trainer = False
+
     def time_batches(self, trainer: Trainer) -> None:
         """Measure how long the trainer's steps wait for their batches."""
         get_batch_samples = trainer.get_batch_samples
@@ -181,8 +184,15 @@ class ThroughputCallback(TrainerCallback):
             return batches
 
         trainer.get_batch_samples = timed
+        self.knows_trainer = True
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not self.knows_trainer:
+            # Without the waiting for data, the rates would be higher ones under the same names.
+            raise RunError(
+                "ThroughputCallback cannot see how long batches take. Call its "
+                "time_batches(trainer) before trainer.train()."
+            )
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         crop_size = base.model.vision_embed_tokens.crop_size
         self.flops = training_flops(model)

@@ -276,13 +276,8 @@ def load_model(
     mastered = training_args.deepspeed is not None and training_args.bf16
     quantization = {}
     if args.use_qlora:
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=low if low_precision else torch.float32,
-            # Only the decoder's layers are quantised: the rest is small, and its precision matters.
-            llm_int8_skip_modules=["lm_head", "model.vision_embed_tokens"],
-        )
+        compute_dtype = low if low_precision else torch.float32
+        quantization["quantization_config"] = quantization_config(compute_dtype)
         quantization["device_map"] = {"": training_args.device}
     model = _load_weights(
         args.model_name_or_path,
@@ -385,6 +380,17 @@ def _compiled_in_training(layer: torch.nn.Module) -> Callable:
         return (compiled if layer.training else forward)(*args, **kwargs)
 
     return choose
+
+
+def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's 4-bit weights, which are computed with in `compute_dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        # Only the decoder's layers are quantised: the rest is small, and its precision matters.
+        llm_int8_skip_modules=["lm_head", "model.vision_embed_tokens"],
+    )
 
 
 def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig:

@@ -1,30 +1,39 @@
 """The benchmarks' baseline computes the official numbers, so what it is compared with is fair."""
 
+import argparse
+import importlib
 import json
-import subprocess
+import shlex
 import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from benchmarks.baseline import BaselineForCausalLM, preprocess
 from benchmarks.side_by_side import in_turns, ratios, spread
 from conftest import GOLDEN, REPO
 from golden_util import make_image
 from phi3v import Phi3VImageProcessor
+from phi3v.training import lora_config
 from test_modeling import CASES, WITH_LOSS, case_inputs, check_outputs, rows
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 PIXELS = json.loads((GOLDEN / "processor.json").read_text())["cases"]
 SPECS = [case["spec"] for case in PIXELS if case["num_crops"] == 1 and "error" not in case]
 # Around 4,096 tokens the decoder alone is at work, which the baseline shares.
 SHORT = [name for name in CASES if "409" not in name]
 
 
+def load_baseline(folder) -> BaselineForCausalLM:
+    return BaselineForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
 @pytest.fixture(scope="module")
 def baseline(tiny_checkpoint):
-    return BaselineForCausalLM.from_pretrained(
-        tiny_checkpoint, dtype=torch.float32, attn_implementation="eager"
-    )
+    return load_baseline(tiny_checkpoint)
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -53,19 +62,49 @@ def test_baseline_generates_one_sample_at_a_time(baseline, forward_cases, name):
     case = forward_cases[name]
     baseline.eval()
     inputs = case_inputs(case, key="prompt_ids_rle")
-    tokens = baseline.generate(**inputs, max_new_tokens=12, do_sample=False)
+    check_answer(baseline, case, inputs)
+    # As the evaluation's prompts come.
+    check_answer(baseline, case, inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
+
+
+def check_answer(model, case: dict, inputs: dict) -> None:
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert tokens[:, case["generate"]["prompt_len"] :].tolist() == case["generate"]["new_tokens"]
 
 
-@pytest.mark.parametrize("num_crops", [1, 4, 16])
-def test_baseline_pixels(num_crops):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_baseline_trains_adapters(tiny_checkpoint, forward_cases, checkpointing):
+    """New adapters change nothing, and get gradients in every layer that they are added to."""
+    case, baseline = forward_cases["single_small"], load_baseline(tiny_checkpoint)
+    flags = argparse.Namespace(
+        freeze_vision_model=False, lora_rank=4, lora_alpha_ratio=2, lora_dropout=0.0
+    )
+    model = get_peft_model(baseline, lora_config(flags, baseline)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    inputs, labels = case_inputs(case), rows(case["labels_rle"])
+    loss = model(**inputs, labels=labels, use_cache=False).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], abs=1e-4)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        # Behind lora_B, which is zero at first, lora_A has gradients of zero.
+        if "lora_B" in name and "k_proj" not in name:
+            assert parameter.grad.count_nonzero() > 0, name
+    model.gradient_checkpointing_disable()
+    check_answer(model.eval(), case, case_inputs(case, key="prompt_ids_rle"))
+
+
+def test_baseline_pixels():
     """Bit for bit ours, which are the official ones, for every size of the reference numbers."""
-    processor = Phi3VImageProcessor(num_crops=num_crops)
     for spec in SPECS:
         image = make_image(spec)
-        ours, theirs = processor([image], return_tensors="pt"), preprocess([image], num_crops)
-        assert torch.equal(ours["pixel_values"], theirs["pixel_values"]), spec
-        assert torch.equal(ours["image_sizes"], theirs["image_sizes"])
+        for num_crops in (1, 4, 16):
+            processor = Phi3VImageProcessor(num_crops=num_crops)
+            ours, theirs = processor([image], return_tensors="pt"), preprocess([image], num_crops)
+            for name in ("pixel_values", "image_sizes"):
+                assert torch.equal(ours[name], theirs[name]), (spec, num_crops)
 
 
 def test_turns_are_taken_and_compared_round_by_round():
@@ -89,18 +128,42 @@ def test_turns_are_taken_and_compared_round_by_round():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "flags", "column"),
+    ("module", "flags", "column", "count"),
     [
-        ("preprocessing", ["--rounds", "1"], "baseline, images/s"),
-        ("loader", ["--rounds", "1", "--samples", "2"], "baseline, MB"),
-        ("recipe_table", ["--size", "small", "--batch_size", "1", "--steps", "1"], "MFU"),
+        ("preprocessing", "--rounds 1", "baseline, images/s", 12),
+        ("loader", "--rounds 1 --samples 2", "baseline, MB", 3),
+        (
+            "evaluation",
+            "--size tiny --rounds 1 --samples 2 --batch_size 2 --new_tokens 1",
+            "tokens that agree",
+            1,
+        ),
+        (
+            "training_step",
+            "--size tiny --rounds 1 --steps 1 --methods lora --checkpointing yes",
+            "baseline, peak GB",
+            1,
+        ),
+        (
+            "recipe_table",
+            "--size tiny --batch_size 1 --steps 1 --methods 'full finetuning' LoRA "
+            "-- --num_crops 1",
+            "MFU",
+            2,
+        ),
     ],
 )
-def test_benchmarks_print_their_table(module, flags, column):
+def test_benchmarks_print_their_table(monkeypatch, capsys, module, flags, column, count):
     """The commands of the pages run, and give a row for every case."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", *flags]
-    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    assert column in table[0] and len(table) > 4
-    assert len({line.count("|") for line in table}) == 1
+    # Not as a process: importing the libraries takes longer than most of these.
+    benchmark = importlib.import_module(f"benchmarks.{module}")
+    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *shlex.split(flags)])
+    monkeypatch.chdir(REPO)
+    benchmark.main()
+    header, _, *table = [
+        line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"
+    ]
+    assert column in [name.strip() for name in header]
+    assert len(table) == count
+    assert all(len(row) == len(header) and all(map(str.strip, row)) for row in table)
+    assert not any("nan" in cell for row in table for cell in row)

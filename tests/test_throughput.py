@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from conftest import GOLDEN, REPO
 from phi3v import Phi3VConfig
 from phi3v.collators import TrainingCollator
+from phi3v.failures import RunError
 from phi3v.throughput import COUNTED, ThroughputCallback, count_batch, peak_flops, training_flops
 from phi3v.training import load_processor, lora_config
 from test_collators import RECORDS, image, record, turn
@@ -266,6 +267,13 @@ def test_what_happens_between_steps_is_not_training_time(demo_checkpoint, tmp_pa
     elapsed = time.perf_counter() - start
     total = throughput_of(trainer).total
     assert total["seconds"] < elapsed - 3 * (0.3 + 0.3)
+
+
+def test_a_script_that_forgets_to_time_batches_is_told(demo_checkpoint, tmp_path):
+    trainer = make_trainer(arguments(demo_checkpoint, tmp_path))
+    trainer.add_callback(ThroughputCallback())
+    with pytest.raises(RunError, match=r"time_batches\(trainer\) before trainer\.train\(\)"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("script", sorted(REPO.glob("finetune_*.py")), ids=lambda path: path.stem)
