@@ -61,8 +61,17 @@ def ratios(larger: Sequence[float], smaller: Sequence[float]) -> str:
     return spread([one / other for one, other in zip(larger, smaller, strict=True)])
 
 
-def report(name: str, header: Sequence[str], rows: Sequence[Sequence[str]], save: bool) -> None:
-    """Print a Markdown table with the machine and the command; write it to results/ too."""
+def report(
+    name: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    save: bool,
+    part: str | None = None,
+) -> None:
+    """
+    Print a Markdown table with the machine and the command; write it to results/ too. `part` tells
+    the tables of one benchmark apart.
+    """
     lines = [f"# {name}, {datetime.date.today().isoformat()}", ""]
     lines += [f"`python -m benchmarks.{' '.join([_module(), *sys.argv[1:]])}`", "", machine(), ""]
     lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
@@ -70,7 +79,8 @@ def report(name: str, header: Sequence[str], rows: Sequence[Sequence[str]], save
     print(text)
     if save:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{datetime.date.today().isoformat()}-{_module()}-{_kind()}.md"
+        names = [datetime.date.today().isoformat(), _module(), *([part] if part else []), _kind()]
+        path = RESULTS / f"{'-'.join(names)}.md"
         path.write_text(text)
         print(f"Written to {path}")
 

@@ -6,12 +6,13 @@ A training step on one device: time and peak memory, ours and the baseline's.
 
 A step is forward, backward, gradient clipping and AdamW, on one DocVQA-like sample: a page of 5 x 3
 crops and 66 tokens of text are 2,443 tokens, the published average, 8 of them labelled. Each side
-runs in processes of its own, in turns, so that its peak memory is its own:
-of a GPU what PyTorch allocated, of a CPU process what came on top of its libraries.
+runs in processes of its own, in turns, so that its peak memory is its own: of a GPU what PyTorch
+allocated, of a CPU process what was in use on top of its libraries.
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -85,13 +86,14 @@ def run_child(args: argparse.Namespace) -> None:
     """One side in this process: print the seconds a step and the peak memory as JSON."""
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    libraries = process_peak()
+    libraries = process_memory("VmRSS")
     model = load(args, device, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-7, fused=on_gpu)
     batch = make_batch(model.config, args.tokens, device, dtype)
-    seconds = []
-    for _ in range(args.steps + 1):
+
+    def step() -> tuple[float, float]:
+        """Seconds and loss."""
         start = time.perf_counter()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -100,30 +102,45 @@ def run_child(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if on_gpu:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    # What the process took before the model came is not the step's, as on a GPU.
-    peak = torch.cuda.max_memory_allocated() if on_gpu else process_peak() - libraries
-    # The first step allocates the optimizer's state, and on a GPU chooses kernels.
-    result = {"seconds": statistics.median(seconds[1:]), "peak": peak, "loss": loss.item()}
+        return time.perf_counter() - start, loss.item()
+
+    step()  # allocates the optimizer's state, and on a GPU chooses kernels
+    seconds, losses = zip(*(step() for _ in range(args.steps)), strict=True)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmHWM") - libraries
+    result = {"seconds": statistics.median(seconds), "peak": peak, "loss": losses[-1]}
     print(json.dumps(result))
 
 
-def process_peak() -> int:
-    """Bytes that this process has held at most."""
+def process_memory(field: str) -> int:
+    """Bytes that this process holds (VmRSS) or has held at most (VmHWM)."""
     # Not getrusage: its number starts at the peak of the process that started this one.
     status = Path("/proc/self/status").read_text()
-    [kilobytes] = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    [kilobytes] = re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
     return int(kilobytes) * 1024
 
 
 def measure(args: argparse.Namespace, side: str, method: str, checkpointing: str) -> dict:
+    """Seconds a step, peak memory and loss of one side, from a process of its own."""
     command = [
         *(sys.executable, "-m", "benchmarks.training_step", "--child", side),
         *("--folder", args.folder, "--method", method, "--steps", str(args.steps)),
         *("--tokens", str(args.tokens), "--attention", args.attention),
         *(["--gradient_checkpointing"] if checkpointing == "yes" else []),
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    measured = run(command)
+    if not torch.cuda.is_available():
+        # What is in use at once, as PyTorch counts it on a GPU: glibc keeps freed blocks, unless it
+        # is told not to, which takes time. So this has a process of its own.
+        measured["peak"] = run([*command, "--steps", "1"], MALLOC_MMAP_THRESHOLD_="1000000")["peak"]
+    print(f"{method}, checkpointing {checkpointing}, {side}: {measured}", file=sys.stderr)
+    return measured
+
+
+def run(command: list[str], **environment: str) -> dict:
+    """What a child prints; not a number where the device has too little memory."""
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if result.returncode:
         if "OutOfMemoryError" in result.stderr:
             return {"seconds": float("nan"), "peak": float("nan"), "loss": float("nan")}

@@ -148,9 +148,8 @@ class Phi3VImageEmbedding(nn.Module):
                 f"image_sizes describes {len(grids)} images of up to {max(real_crops)} crops, but "
                 f"pixel_values holds {pixel_values.shape[0]} of {pixel_values.shape[1]}."
             )
-        crops = torch.cat(
-            [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
-        )
+        crops = [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
+        crops = torch.cat(crops) if len(crops) > 1 else crops[0]  # one image's are not copied
         patches = self.img_processor(crops)  # (crops, g * g, c)
         m = self.crop_side
         merged = (

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.baseline import BaselineForCausalLM, preprocess
+from benchmarks.scaling import memory_gb
 from benchmarks.side_by_side import in_turns, ratios, spread
 from conftest import GOLDEN, REPO
 from golden_util import make_image
@@ -126,6 +127,12 @@ def test_turns_are_taken_and_compared_round_by_round():
     assert spread([3, 1, 2]) == "2.00 (1.00 to 3.00)"
 
 
+def test_memory_of_a_cluster():
+    """Mixed precision with AdamW takes 16 bytes a weight; ZeRO-2 keeps 2 of them on every GPU."""
+    assert memory_gb(10**9, 1, "zero2") == memory_gb(10**9, 1, "zero3") == 16
+    assert memory_gb(10**9, 8, "zero2") == 2 + 14 / 8 and memory_gb(10**9, 8, "zero3") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "flags", "column", "count"),
@@ -151,6 +158,10 @@ def test_turns_are_taken_and_compared_round_by_round():
             "MFU",
             2,
         ),
+        ("scaling", "--parts samples --size tiny --steps 1", "GFLOP/s", 11),
+        ("scaling", "--parts rows --rows 20 30", "next start, s", 2),
+        ("scaling", "--parts processes --size tiny --steps 1", "times one process", 2),
+        ("scaling", "--parts cluster", "hybrid, s", 10),
     ],
 )
 def test_benchmarks_print_their_table(monkeypatch, capsys, module, flags, column, count):
