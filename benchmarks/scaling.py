@@ -201,7 +201,7 @@ def cluster_rows(args: argparse.Namespace) -> list[list[str]]:
                 [
                     *(str(gpus), str(size), str(gpus * size), f"{compute:.2f}", f"{way:.1f}"),
                     *(f"{s:.2f} ({compute / s:.0%})" for s in (zero2, zero3, hybrid)),
-                    *(f"{memory_gb(weights, gpus, kind):.0f}" for kind in ("zero2", "zero3")),
+                    *(f"{memory_gb(weights, gpus, kind):.1f}" for kind in ("zero2", "zero3")),
                     *(f"{rate:,.0f}", f"{rate * args.image_mb:,.0f}"),
                 ]
             )
