@@ -56,6 +56,10 @@ CONTROL_TOKEN = re.compile(
 )
 
 
+# Part of the cache's key: with another number, files that passed earlier checks are read anew.
+CHECKS = 1
+
+
 class Origin(NamedTuple):
     """Where the records of a dataset come from, for messages about what is found later."""
 
@@ -133,7 +137,7 @@ def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets
                 "image_dir": os.path.realpath(image_dir),
                 # Where the path leads, size and time are part of the cache key: an edited file is
                 # read anew.
-                "version": (str(path.resolve()), info.st_size, info.st_mtime_ns),
+                "version": (CHECKS, str(path.resolve()), info.st_size, info.st_mtime_ns),
                 "bad": tuple(bad),
             },
         )
@@ -149,7 +153,7 @@ def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets
 
 
 def _checked_records(
-    path: str, image_dir: str, version: tuple[str, int, int], bad: tuple[int, ...]
+    path: str, image_dir: str, version: tuple[int, str, int, int], bad: tuple[int, ...]
 ) -> Iterator[dict]:
     checker, bad = LineChecker(Path(path), Path(image_dir)), set(bad)
     for number, line in read_lines(Path(path)):
