@@ -13,9 +13,7 @@ one sample and one thread a process.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +27,11 @@ from transformers import AutoProcessor
 from benchmarks.models import SIZES, make_config, save_random
 from benchmarks.preprocessing import KINDS, make_file, read
 from benchmarks.side_by_side import make_parser, report, spread
-from benchmarks.training_step import make_batch, process_memory
+from benchmarks.training_step import make_batch, process_memory, run
 from phi3v import Phi3VForCausalLM
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import load_conversations
-from phi3v.throughput import count_batch, training_flops
+from phi3v.throughput import COUNTED, count_batch, training_flops
 
 PARTS = ("samples", "rows", "processes", "cluster")
 
@@ -49,6 +47,12 @@ def step_seconds(model: torch.nn.Module, batch: dict, steps: int) -> list[float]
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
+
+
+def count_units(batch: dict) -> dict[str, int]:
+    """How often a batch has each unit that `training_flops` counts by."""
+    counted = dict(zip(COUNTED, count_batch(batch, 336).tolist(), strict=True))
+    return {unit: counted[unit] for unit in ("tokens", "pairs", "labels", "crops")}
 
 
 # ---- One sample ----
@@ -75,14 +79,14 @@ def sample_rows(size: str, steps: int) -> list[list[str]]:
         start = time.perf_counter()
         batch = collate(records)
         collated = time.perf_counter() - start
-        _, tokens, pairs, labels, _, crops = count_batch(batch, 336).tolist()
-        counted = {"tokens": tokens, "pairs": pairs, "labels": labels, "crops": crops}
-        total = sum(flops[unit] * count for unit, count in counted.items())
+        counted = count_units(batch)
+        work = sum(flops[unit] * count for unit, count in counted.items())
         seconds = step_seconds(model, batch, steps)
         rows.append(
             [
-                *(name, f"{tokens:,}", str(crops), f"{1000 * collated:.0f}", spread(seconds)),
-                *(f"{total / 1e12:.3f}", f"{total / 1e9 / statistics.median(seconds):.0f}"),
+                *(name, f"{counted['tokens']:,}", str(counted["crops"]), f"{1000 * collated:.0f}"),
+                *(spread(seconds), f"{work / 1e12:.3f}"),
+                f"{work / 1e9 / statistics.median(seconds):.0f}",
             ]
         )
     return rows
@@ -127,12 +131,7 @@ def jsonl_rows(counts: list[int]) -> list[list[str]]:
 def child(part: str, flags: list[str], environment: dict, launcher: tuple[str, ...] = ()) -> list:
     """What a part prints in a process of its own."""
     command = [sys.executable, *launcher, "-m", "benchmarks.scaling", "--child", part, *flags]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{result.stderr[-3000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return run(command, **environment)
 
 
 # ---- Processes ----
@@ -180,10 +179,8 @@ def cluster_rows(args: argparse.Namespace) -> list[list[str]]:
         model = Phi3VForCausalLM(make_config("full"))
     weights = sum(parameter.numel() for parameter in model.parameters())
     batch = make_batch(model.config, 2443, "cpu", torch.bfloat16)
-    _, tokens, pairs, labels, _, crops = count_batch(batch, 336).tolist()
-    counted = {"tokens": tokens, "pairs": pairs, "labels": labels, "crops": crops}
     flops = training_flops(model)
-    work = sum(flops[unit] * count for unit, count in counted.items())
+    work = sum(flops[unit] * count for unit, count in count_units(batch).items())
     sample = work / (args.peak * 1e12 * args.mfu)
     rows = []
     for gpus in (8, 16, 64, 256, 1024):

@@ -155,6 +155,7 @@ def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets
 def _checked_records(
     path: str, image_dir: str, version: tuple[int, str, int, int], bad: tuple[int, ...]
 ) -> Iterator[dict]:
+    """What `datasets` stores; `version` is for its cache's key alone."""
     checker, bad = LineChecker(Path(path), Path(image_dir)), set(bad)
     for number, line in read_lines(Path(path)):
         if number not in bad:

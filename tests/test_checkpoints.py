@@ -229,7 +229,7 @@ def test_many_steps_hold_no_memory(demo_checkpoint, tmp_path):
     assert held[390] - held[130] < 20
 
 
-@patch.dict(os.environ)  # what is set in it goes with the test
+@patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "0"})  # all put back after the test
 def test_no_code_of_an_optimizer_state_runs(tmp_path):
     """Under DeepSpeed too, which asks for plain pickles, a checkpoint cannot run code."""
     _prepare_deepspeed(on_gpu=False)

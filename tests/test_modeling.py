@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -430,19 +429,18 @@ def test_padding_needs_no_mask(tiny_checkpoint, monkeypatch, kind):
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         with torch.no_grad():
             prefill = model(ids, attention_mask=mask, use_cache=True, output_hidden_states=True)
-            first = [[prefill.logits, *prefill.hidden_states], []]
-            for layer in prefill.past_key_values.layers:
-                first[1] += [layer.keys.transpose(1, 2), layer.values.transpose(1, 2)]
-            prefill_masks, masked[:] = list(masked), []
-            then = model(
+            layers = prefill.past_key_values.layers
+            cached = [kv.transpose(1, 2) for layer in layers for kv in (layer.keys, layer.values)]
+            prefill_masked, masked[:] = list(masked), []
+            next_token = model(
                 ids[:, :1],
                 attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1),
                 past_key_values=prefill.past_key_values,
             )
         real = mask.bool()
-        outputs[attention] = [state[real] for state in chain(*first)] + [then.logits]
-    assert len(prefill_masks) == len(model.model.layers)
-    assert set(prefill_masks) == {needs_mask}
+        states = [prefill.logits, *prefill.hidden_states, *cached]
+        outputs[attention] = [state[real] for state in states] + [next_token.logits]
+    assert prefill_masked == [needs_mask] * len(model.model.layers)
     for eager, sdpa in zip(outputs["eager"], outputs["sdpa"], strict=True):
         torch.testing.assert_close(sdpa, eager, rtol=0, atol=1e-4)
 
