@@ -21,7 +21,7 @@ import re
 import shlex
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +102,14 @@ def load_conversations(
     """
     path, image_dir = Path(path), Path(image_dir)
     bad = _bad_lines(path, image_dir) if skip_bad else {}
-    stored = on_all_ranks(lambda: _stored_records(path, image_dir, bad))
+
+    def load() -> datasets.Dataset:
+        stored = _stored_records(path, image_dir, bad)
+        if not skip_bad:  # else `_bad_lines` has just looked for every image
+            _look_for_images(stored, path, image_dir)
+        return stored
+
+    stored = on_all_ranks(load)
     records = stored.remove_columns("line")
     records.origin = Origin(path, image_dir, stored.select_columns("line"))
     return records
@@ -129,7 +136,7 @@ def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets
     next(read_lines(path))  # what is wrong with the file as a whole
     info = path.stat()
     try:
-        stored = datasets.Dataset.from_generator(
+        return datasets.Dataset.from_generator(
             _checked_records,
             features=datasets.Features({**FEATURES, "line": datasets.Value("int64")}),
             gen_kwargs={
@@ -148,8 +155,6 @@ def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets
             f"{path}: cannot write its cache to {datasets.config.HF_DATASETS_CACHE} "
             f"({error.__cause__ or error}). Set HF_DATASETS_CACHE to a folder with room."
         ) from error
-    _look_for_images(stored, path, image_dir)
-    return stored
 
 
 def _checked_records(
@@ -168,18 +173,14 @@ def _checked_records(
 def _look_for_images(stored: datasets.Dataset, path: Path, image_dir: Path) -> None:
     """Raise ConversationError for the first image that is gone since its record was stored."""
     folder = ImageFolder(image_dir)
-    prefix = os.path.join(folder.folder, "")
     step = math.ceil(len(stored) / MAX_CHECKED)
     some = stored.select(range(0, len(stored), step)) if step > 1 else stored
-    for records in some.iter(batch_size=1000):
-        for line, turns in zip(records["line"], records["conversations"], strict=True):
-            for index, turn in enumerate(turns):
-                for image in turn["images"]:
-                    field = f"{path}, line {line}: conversations[{index}].images"
-                    try:
-                        folder.find(image.removeprefix(prefix), field)
-                    except ConversationError as error:
-                        raise ConversationError(f"{error} {SKIP}") from None
+    try:
+        for records in some.iter(batch_size=1000):
+            for line, turns in zip(records["line"], records["conversations"], strict=True):
+                folder.find_all(turns, f"{path}, line {line}")
+    except ConversationError as error:
+        raise ConversationError(f"{error} {SKIP}") from None
 
 
 class LineChecker:
@@ -200,11 +201,9 @@ class LineChecker:
         """
         where = f"{self.path}, line {number}"
         record = check_record(parse_line(line, where), where)
-        for index, turn in enumerate(record["conversations"]):
-            turn["images"] = [
-                self.folder.find(name, f"{where}: conversations[{index}].images")
-                for name in turn["images"]
-            ]
+        turns = record["conversations"]
+        for turn, paths in zip(turns, self.folder.find_all(turns, where), strict=True):
+            turn["images"] = paths
         if (first := self.first_line.setdefault(record["id"], number)) != number:
             raise ConversationError(
                 f"{where}: id {quoted(record['id'])} is that of line {first} too. Make ids unique."
@@ -225,6 +224,18 @@ class ImageFolder:
         self._prefix = os.path.join(self.folder, "")
         # Images share their folders, so these are not resolved for every image.
         self._is_inside = functools.lru_cache(10_000)(self._resolves_inside)
+
+    def find_all(self, turns: Sequence[dict], where: str) -> list[list[str]]:
+        """
+        The full paths of the images of every turn of a conversation.
+
+        Raises:
+            ConversationError: as `find`, beginning with `where` and the number of the turn.
+        """
+        return [
+            [self.find(name, f"{where}: conversations[{index}].images") for name in turn["images"]]
+            for index, turn in enumerate(turns)
+        ]
 
     def find(self, name: object, field: str) -> str:
         """
@@ -263,7 +274,7 @@ class ImageFolder:
                 problem = "is empty (0 bytes). Replace the image or remove the sample"
             else:
                 return path
-        raise ConversationError(f"{field}: {quoted(name)} {problem}.")
+        raise ConversationError(f"{field}: {quoted(name.removeprefix(self._prefix))} {problem}.")
 
     def _resolves_inside(self, path: str) -> bool:
         return os.path.join(os.path.realpath(path), "").startswith(self._prefix)

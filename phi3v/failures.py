@@ -4,12 +4,14 @@ Failures that a user can do something about: one message instead of a traceback.
 
 import argparse
 import atexit
+import contextlib
 import errno
 import os
 import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -47,13 +49,39 @@ class RunError(RuntimeError):
 def explain_failures(args: argparse.Namespace) -> None:
     """From here on, a failure that has an explanation ends the run with it, on every rank."""
     sys.excepthook = partial(_report, args)
-    atexit.register(_leave_group)
+    atexit.register(_wait_for_gloo)
+    atexit.register(_leave_group)  # comes before, as the last one registered
 
 
 def _leave_group() -> None:
-    """End the process group's threads before Python does, which would abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _wait_for_gloo() -> None:
+    """
+    Let gloo's threads finish before Python does.
+
+    They let go of a collective's tensors a moment after it is done. The tensors belong to Python,
+    which aborts the process where it is ending by then. Leaving the group does not end the threads
+    as long as anything refers to it: DDP, or a default argument in torch itself.
+    """
+    end = time.monotonic() + 10
+    looks_at_rest = 0
+    while (states := _gloo_states()) and looks_at_rest < 5 and time.monotonic() < end:
+        looks_at_rest = looks_at_rest + 1 if states == {"S"} else 0
+        time.sleep(0.01)  # the interpreter's lock, too, is free for them
+
+
+def _gloo_states() -> set[str]:
+    """The states of gloo's threads, "S" for asleep. None are known where there is no /proc."""
+    states = set()
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            name, _, state = stat.read_text().rpartition(") ")
+            if name.endswith("(pt_gloo_runloop"):
+                states.add(state[0])
+    return states
 
 
 def _report(
