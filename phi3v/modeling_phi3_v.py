@@ -148,10 +148,18 @@ class Phi3VImageEmbedding(nn.Module):
                 f"image_sizes describes {len(grids)} images of up to {max(real_crops)} crops, but "
                 f"pixel_values holds {pixel_values.shape[0]} of {pixel_values.shape[1]}."
             )
+        m = self.crop_side
+        orders, first = [], 0
+        for (rows, columns), count in zip(grids, real_crops, strict=True):
+            image_order = token_order(rows, columns, m)
+            orders.append(torch.where(image_order < 0, image_order, image_order + first))
+            first += count * m * m
+        # Copied before the device has work that the copy would wait for.
+        order = torch.cat(orders).to(pixel_values.device)
+
         crops = [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
         crops = torch.cat(crops) if len(crops) > 1 else crops[0]  # one image's are not copied
         patches = self.img_processor(crops)  # (crops, g * g, c)
-        m = self.crop_side
         merged = (
             patches.view(len(patches), m, 2, m, 2, -1)
             .transpose(2, 3)
@@ -163,12 +171,7 @@ class Phi3VImageEmbedding(nn.Module):
         # for fewer of them.
         separators = torch.stack([self.glb_GN.flatten(), self.sub_GN.flatten()])
         projected = self.img_projection(torch.cat([merged, separators.to(merged.dtype)]))
-        order, first = [], 0
-        for (rows, columns), count in zip(grids, real_crops, strict=True):
-            image_order = token_order(rows, columns, m)
-            order.append(torch.where(image_order < 0, image_order, image_order + first))
-            first += count * m * m
-        return projected[torch.cat(order).to(projected.device, non_blocking=True)]
+        return projected[order.to(projected.device)]
 
 
 def _as_list(image_sizes: torch.Tensor | list) -> list:
@@ -225,6 +228,16 @@ def join_crops(
         for channel, values in enumerate(level_values):
             image[1 : 1 + len(levels), channel] = values[levels[:, channel].int()]
     return joined
+
+
+def labelled_positions(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    Of (b, s) labels, where the next position has a label, as indices into b * s, and these labels:
+    both (labels,).
+    """
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    positions = (targets != -100).nonzero().squeeze(-1)
+    return positions, targets[positions]
 
 
 def _turn(rows: torch.Tensor, steps: list[int], dim: int) -> torch.Tensor:
@@ -369,6 +382,17 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Set exactly one of input_ids and inputs_embeds.")
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Counted from a row's first token, so that padding on the left does not change the row.
+            # Gaps further on count: that is how the official code numbers them.
+            padding = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+            position_ids = (
+                torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding
+            )
+            position_ids = position_ids.clamp(min=0)[:, -length:]
+        paddings = self._paddings(attention_mask, position_ids, past_key_values)
+
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError(
@@ -390,18 +414,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             blank = inputs_embeds.new_zeros(1, 2, 3, size, size)
             inputs_embeds = inputs_embeds + 0 * self.vision_embed_tokens(blank, [(1, 1)]).sum()
 
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            # Counted from a row's first token, so that padding on the left does not change the row.
-            # Gaps further on count: that is how the official code numbers them.
-            padding = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-            position_ids = (
-                torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding
-            )
-            position_ids = position_ids.clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        paddings = self._paddings(attention_mask, position_ids, past_key_values)
         if paddings is not None:
             # Padding on the right needs no mask: no token looks to its right.
-            length = inputs_embeds.shape[1]
             attention_mask = None
             position_ids = torch.arange(length, device=inputs_embeds.device)[None]
             if any(paddings):
@@ -566,8 +580,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             None: the head then runs only where there is a label, which spares the memory of s x
             vocab_size logits.
         """
+        # The host waits for the device wherever it reads from it. So all is read before the layers
+        # run, here and in the model, and the sizes once.
+        if labels is not None:
+            positions, targets = labelled_positions(labels)
         if crop_levels is not None:
-            # Read once: the host waits for the device each time.
             image_sizes = _as_list(image_sizes)
             pixel_values = join_crops(pixel_values, crop_levels, level_values, image_sizes)
         outputs = self.model(
@@ -584,7 +601,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state  # (b, s, d)
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden_states, labels, num_items_in_batch)
+            loss = self._loss(hidden_states, positions, targets, num_items_in_batch)
         if labels is None or not self.training:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -601,18 +618,18 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def _loss(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.LongTensor,
+        positions: torch.LongTensor,
+        targets: torch.LongTensor,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """Cross entropy of (b, s, d) against the next position's label, in float32."""
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(hidden_states.device)
-        labelled = targets != -100
-        targets = targets[labelled]
-        logits = self.lm_head(hidden_states[labelled]).float()  # (labels, vocab_size)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        """Cross entropy in float32 of (b, s, d) at `labelled_positions`."""
+        device = hidden_states.device
+        rows = hidden_states.flatten(0, 1).index_select(0, positions.to(device))
+        logits = self.lm_head(rows).float()  # (labels, vocab_size)
+        loss = nn.functional.cross_entropy(logits, targets.to(device), reduction="sum")
         # A batch without labels has loss 0, and gradients of 0, not of 0 / 0.
         count = max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-        return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+        return loss / (count.to(device) if isinstance(count, torch.Tensor) else count)
 
     def prepare_inputs_for_generation(
         self,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import plain_flash_attention
@@ -535,6 +536,39 @@ def test_training_head_runs_only_at_labels(tiny_checkpoint):
     expected = cross_entropy(full.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(sparse.loss, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(scaled.loss, expected / 2, rtol=0, atol=1e-4)
+
+
+class Reads(TorchFunctionMode):
+    """Notes what asks for a tensor's values, for which a host waits for a GPU; and convolutions."""
+
+    WAITING = {"tolist", "item", "cpu", "numpy", "nonzero", "masked_select", "unique"}
+    WAITING |= {"__bool__", "__int__", "__float__", "__index__", "__iter__"}
+
+    def __init__(self):
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        indices = args[1] if name in ("__getitem__", "__setitem__") else ()
+        indices = indices if isinstance(indices, tuple) else (indices,)
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+        if name in self.WAITING or name == "conv2d" or by_mask:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_once_the_layers_run(tiny_checkpoint):
+    """
+    From the first layer to the end of the step, the model never makes the host wait for the device.
+    Transformers does so once, to see whether rows are packed.
+    """
+    model = load(tiny_checkpoint).train()
+    inputs = batch(*MIXED, side="right")
+    with Reads() as reads:
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    start = reads.names.index("conv2d")
+    assert reads.names[:start] == ["nonzero", "tolist", "tolist", "tolist"]
+    assert reads.names[start + 1 :] in ([], ["__bool__"])
 
 
 def test_batch_without_labels_does_not_poison_training(tiny_checkpoint):
