@@ -6,14 +6,15 @@ What the conversion of videos costs, against decoding them and nothing else.
 makes an archive like the UCF101 subset (320x240, 186 frames, 25 a second, XVID in avi, 530 kB a
 video: real photographs that move) and prints, as medians of the rounds with their range,
 
-    CPU time a video    decoding alone (PyAV, one thread), convert_ucf101.py with one worker, and
-                        the textbook way: all frames to RGB images, 8 of them to JPEG
-    wall time a video   the same, and convert_ucf101.py with two workers
+    CPU time a video    decoding alone (PyAV, one thread), `convert_video` of convert_ucf101.py,
+                        the script with one and with two workers, and the textbook way: all frames
+                        to RGB images, 8 of them to JPEG
+    wall time a video   the same
 
-`convert_ucf101.py` is run as a user runs it, so its times include the start of Python, the imports
-and the extraction of the archive; those of decoding and of the textbook way do not. Both ways must
-give the same pixels. 700 MB of temporary files and some ten minutes with the defaults; two workers
-need two cores that are idle.
+Decoding and `convert_video` take turns video by video, in one process. `convert_ucf101.py` is run
+as a user runs it, so its times include the start of Python, the imports and the extraction of the
+archive; the others do not. Both ways must give the same pixels. 700 MB of temporary files and some
+ten minutes with the defaults; two workers need two cores that are idle.
 """
 
 import resource
@@ -28,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -36,6 +37,7 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
+from convert_ucf101 import Video, convert_video, keep_freed_memory
 
 CONVERTER = Path(__file__).resolve().parent.parent / "convert_ucf101.py"
 # On a disk the state of the file system would be measured as well: ext4 here took 0.4 ms, not 0.02,
@@ -48,8 +50,10 @@ CLASSES = 10
 CHOSEN = 8  # frames of a video that become images
 JPEG_QUALITY = 95
 
-FLOOR, TEXTBOOK = "decoding alone", "textbook way"
+FLOOR, STEADY, TEXTBOOK = "decoding alone", "convert_video", "textbook way"
 ONE, TWO = "convert_ucf101.py, 1 worker", "convert_ucf101.py, 2 workers"
+
+T = TypeVar("T")
 
 
 class Cost(NamedTuple):
@@ -126,6 +130,18 @@ def decode_alone(videos: list[Path]) -> None:
                 pass
 
 
+def take_turns(paths: list[Path], out: Path) -> dict[str, Cost]:
+    """The costs of FLOOR and STEADY. Each video is decoded, then converted into `out`."""
+    shutil.rmtree(out, ignore_errors=True)  # what is there would be kept
+    keep_freed_memory()  # as the script does at its start
+    costs: dict[str, list[Cost]] = {FLOOR: [], STEADY: []}
+    for path in paths:
+        video = Video(path.stem, "train", path.parent.name, path)
+        costs[FLOOR].append(timed(partial(decode_alone, [path])))
+        costs[STEADY].append(timed(partial(convert_video, video, out, CHOSEN)))
+    return {way: Cost(*map(sum, zip(*each, strict=True))) for way, each in costs.items()}
+
+
 def convert_textbook(videos: list[Path], out: Path) -> None:
     """All frames as RGB images in memory, and 8 of them, evenly spaced, saved."""
     for path in videos:
@@ -145,10 +161,10 @@ def timed(work: Callable[[], None]) -> Cost:
     return Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-def measure(work: Callable[[], None]) -> Cost:
-    """The cost of a function in a process of its own: none inherits another's memory or caches."""
+def in_own_process(work: Callable[[], T]) -> T:
+    """What a function returns in a new process, which inherits no other's memory or caches."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(timed, work).result()
+        return pool.submit(work).result()
 
 
 def measure_converter(folder: Path, num_workers: int) -> Cost:
@@ -175,16 +191,19 @@ def check_pixels(converted: Path, textbook: Path) -> None:
 def measure_all(folder: Path, num_videos: int, num_rounds: int) -> dict[str, list[Cost]]:
     """Every way's costs, one a round."""
     videos = make_videos(folder, num_videos)
+    textbook = partial(timed, partial(convert_textbook, videos, folder / "textbook"))
     ways = {
-        FLOOR: lambda: measure(partial(decode_alone, videos)),
+        STEADY: lambda: in_own_process(partial(take_turns, videos, folder / "steady/images")),
         ONE: lambda: measure_converter(folder, 1),
         TWO: lambda: measure_converter(folder, 2),
-        TEXTBOOK: lambda: measure(partial(convert_textbook, videos, folder / "textbook")),
+        TEXTBOOK: lambda: in_own_process(textbook),
     }
     # Every process starts anew: there is nothing to warm up.
     costs = in_turns(ways, num_rounds, warm_up=0)
     check_pixels(folder / "converted/images/train", folder / "textbook")
-    return costs
+    check_pixels(folder / "steady/images/train", folder / "textbook")
+    turns = costs.pop(STEADY)
+    return {way: [each[way] for each in turns] for way in (FLOOR, STEADY)} | costs
 
 
 # ---- The table ----
