@@ -67,10 +67,10 @@ def _wait_for_gloo() -> None:
     as long as anything refers to it: DDP, or a default argument in torch itself.
     """
     end = time.monotonic() + 10
-    looks_at_rest = 0
+    looks_at_rest = 0  # one is not enough: who waits for the interpreter's lock is asleep as well
     while (states := _gloo_states()) and looks_at_rest < 5 and time.monotonic() < end:
         looks_at_rest = looks_at_rest + 1 if states == {"S"} else 0
-        time.sleep(0.01)  # the interpreter's lock, too, is free for them
+        time.sleep(0.01)  # the lock is free for them meanwhile
 
 
 def _gloo_states() -> set[str]:

@@ -154,7 +154,7 @@ class Phi3VImageEmbedding(nn.Module):
             image_order = token_order(rows, columns, m)
             orders.append(torch.where(image_order < 0, image_order, image_order + first))
             first += count * m * m
-        # Copied before the device has work that the copy would wait for.
+        # Copied before the tower runs: the copy would wait for its end.
         order = torch.cat(orders).to(pixel_values.device)
 
         crops = [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]

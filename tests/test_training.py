@@ -604,7 +604,7 @@ from phi3v.failures import explain_failures
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-kept = dist.group.WORLD
+kept = dist.group.WORLD  # as DDP keeps it
 for task in Path("/proc/self/task").iterdir():
     if "gloo_runloop" in (task / "comm").read_text():
         os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
