@@ -130,6 +130,7 @@ class Outcome(NamedTuple):
 # ---- To stop at any moment ----
 
 CLEANUP = ExitStack()  # what is undone at the end, also when a signal is the end
+LOCKED: list[int] = []  # the open folders that this process holds
 
 
 @contextmanager
@@ -172,10 +173,16 @@ def stop(number: int, _frame: object) -> None:
         os._exit(128 + number)
 
 
+def unlock(file: int) -> None:
+    LOCKED.remove(file)
+    os.close(file)
+
+
 def lock(folder: Path, out_dir: Path) -> None:
     """Keep other converters out of a folder until CLEANUP or the process ends, in whatever way."""
     file = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)  # what the lock covers may be emptied
-    CLEANUP.callback(os.close, file)
+    LOCKED.append(file)
+    CLEANUP.callback(unlock, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -200,21 +207,24 @@ def download_archive() -> Path:
         ) from error
 
 
+def relative_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive, one by one. The filter would only strip the root of a name."""
+    for member in tar:
+        if member.name.startswith(("/", os.sep)):
+            raise tarfile.AbsolutePathError(member)
+        yield member
+
+
 def extract_archive(archive: Path, folder: Path) -> None:
-    """Extract a tar into an empty folder, after a check of all members."""
+    """Extract a tar into an empty folder. Nothing gets out of it; what fails leaves a part."""
     try:
         with tarfile.open(archive, "r:*") as tar:
-            for member in tar.getmembers():
-                # The filter would only strip the root, but no honest archive has such a path.
-                if member.name.startswith(("/", os.sep)):
-                    raise ConvertError(f"{archive} is refused: {member.name!r} is absolute")
-                tarfile.data_filter(member, str(folder))
+            # Read once: to check all members first would decompress the archive twice.
+            tar.extractall(folder, relative_members(tar), filter="data")
             # tarfile takes a damaged header for the end, and leaves the checksum behind it unread.
             while rest := tar.fileobj.read(1 << 20):
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("there is data behind its end")
-            # Filtered again: only now is it known where the links of the archive lead.
-            tar.extractall(folder, filter="data")
     except tarfile.FilterError as error:
         raise ConvertError(f"{archive} is refused: {error}") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
@@ -482,6 +492,10 @@ def start_worker() -> None:
         os._exit(1)
 
     keep_freed_memory()
+    # A forked process has the parent's open locks, which would outlive it, and its stop().
+    for file in LOCKED:
+        os.close(file)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The parent started this process with both signals blocked.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -491,14 +505,15 @@ def convert_in_processes(
     convert: Callable[[Video], Outcome], videos: list[Video], num_workers: int
 ) -> Iterator[tuple[Video, Outcome]]:
     """Yield the videos with their outcomes, in their order as long as no worker dies."""
-    spawn = multiprocessing.get_context("spawn")  # the same on every platform
-    # When this process is killed, Python's own helper clears up and would warn of it.
+    # To fork saves the start of Python and the imports; on macOS it is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    # When this process is killed, the helper of "spawn" clears up and would warn of it.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     batches, deaths = [videos], Counter()
     while batches:
         batch = batches.pop(0)
         lost = dict.fromkeys(batch)
-        pool = ProcessPoolExecutor(min(num_workers, len(batch)), spawn, start_worker)
+        pool = ProcessPoolExecutor(min(num_workers, len(batch)), context, start_worker)
         try:
             futures = {}
             with suppress(BrokenProcessPool), signals_blocked(), stderr_closed():
@@ -532,6 +547,7 @@ def convert_all(videos: list[Video], args: argparse.Namespace) -> dict[Video, Ou
     else:
         done = convert_in_processes(convert, videos, args.num_workers)
     outcomes = {}
+    tqdm.monitor_interval = 0  # it would be a second thread, and a process with threads forks badly
     bar = tqdm(done, total=len(videos), unit="video", disable=args.no_tqdm)
     with closing(done), closing(bar):
         for video, outcome in bar:
