@@ -10,6 +10,8 @@ video: real photographs that move) and prints, as medians of the rounds with the
                         the script with one and with two workers, and the textbook way: all frames
                         to RGB images, 8 of them to JPEG
     wall time a video   the same
+    gain of a second    two processes against one: what the script's workers gain, and what the
+                        machine gives to two processes that share nothing and only decode
 
 Decoding and `convert_video` take turns video by video, in one process. `convert_ucf101.py` is run
 as a user runs it, so its times include the start of Python, the imports and the extraction of the
@@ -51,6 +53,7 @@ CHOSEN = 8  # frames of a video that become images
 JPEG_QUALITY = 95
 
 FLOOR, STEADY, TEXTBOOK = "decoding alone", "convert_video", "textbook way"
+FLOOR_TWO = "decoding alone, 2 processes"
 ONE, TWO = "convert_ucf101.py, 1 worker", "convert_ucf101.py, 2 workers"
 
 T = TypeVar("T")
@@ -155,6 +158,15 @@ def convert_textbook(videos: list[Path], out: Path) -> None:
             image.save(folder / f"{path.stem}.{i}.jpg", quality=JPEG_QUALITY)
 
 
+def decode_in_two(videos: list[Path]) -> Cost:
+    """As `decode_alone`, by two processes that have half of the videos each."""
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(2, spawn, initializer=spawn.Barrier(2).wait) as pool:
+        halves = [partial(decode_alone, videos[first::2]) for first in range(2)]
+        costs = list(pool.map(timed, halves))
+    return Cost(sum(cost.cpu for cost in costs), max(cost.wall for cost in costs))
+
+
 def timed(work: Callable[[], None]) -> Cost:
     cpu, wall = time.process_time(), time.perf_counter()
     work()
@@ -194,6 +206,7 @@ def measure_all(folder: Path, num_videos: int, num_rounds: int) -> dict[str, lis
     textbook = partial(timed, partial(convert_textbook, videos, folder / "textbook"))
     ways = {
         "in turns": lambda: in_own_process(partial(take_turns, videos, folder / "steady/images")),
+        FLOOR_TWO: lambda: decode_in_two(videos),
         ONE: lambda: measure_converter(folder, 1),
         TWO: lambda: measure_converter(folder, 2),
         TEXTBOOK: lambda: in_own_process(textbook),
@@ -210,13 +223,16 @@ def measure_all(folder: Path, num_videos: int, num_rounds: int) -> dict[str, lis
 
 
 def make_rows(costs: dict[str, list[Cost]], num_videos: int) -> list[list[str]]:
-    """A row for every way: CPU time beside that of decoding, wall time beside 1 worker's."""
+    """A row for every way: CPU time beside that of decoding, wall time beside one process's."""
     cpu = {way: [1000 * cost.cpu / num_videos for cost in each] for way, each in costs.items()}
     wall = {way: [1000 * cost.wall / num_videos for cost in each] for way, each in costs.items()}
+    gain = {
+        two: ratios(wall[one], wall[two]) + "x" for two, one in ((FLOOR_TWO, FLOOR), (TWO, ONE))
+    }
     return [
         [
             *(way, spread(cpu[way], 1), ratios(cpu[way], cpu[FLOOR])),
-            *(spread(wall[way], 1), ratios(wall[way], wall[ONE])),
+            *(spread(wall[way], 1), gain.get(way, "-")),
         ]
         for way in costs
     ]
@@ -230,7 +246,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.tmp_dir) as folder:
         costs = measure_all(Path(folder), args.videos, args.rounds)
-    header = ["way", "CPU ms a video", "of decoding alone", "wall ms a video", "of 1 worker"]
+    header = ["way", "CPU ms a video", "of decoding alone", "wall ms a video", "gain of a second"]
     name = f"Conversion of {args.videos} videos of {NUM_FRAMES} frames"
     report(name, header, make_rows(costs, args.videos), args.save)
 
