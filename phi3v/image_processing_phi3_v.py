@@ -7,6 +7,7 @@ bicubic), bit for bit.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .levels import look_up, shrink
 from .resize import resize
 
 
@@ -156,9 +158,9 @@ class Phi3VImageProcessor(PilBackend):
         if not num_crops >= 1:
             raise ValueError(f"num_crops is {num_crops}, and must be 1 or more.")
         size = self.crop_size["height"]
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
         padded = [self._hd_transform(image, num_crops) for image in images]
-        views = [_global_view(levels, size, mean, std) for levels in padded]
+        values = _level_values(image_mean, image_std)
+        views = [shrink(levels, values, size) for levels in padded]
         local = [_cut(levels, size) for levels in padded]
         image_sizes = [list(levels.shape[1:]) for levels in padded]
         data = {
@@ -166,14 +168,16 @@ class Phi3VImageProcessor(PilBackend):
             "num_img_tokens": [self._count_tokens(height, width) for height, width in image_sizes],
         }
         if as_levels:
-            levels = torch.arange(256.0).repeat(3, 1, 1)
             data["pixel_values"] = torch.stack(views)[:, None]
             data["crop_levels"] = torch.cat([crops.flatten(0, 1) for crops in local])
-            data["level_values"] = _normalise(levels, mean, std)[:, 0]
+            data["level_values"] = values
         else:
             data["pixel_values"] = torch.empty(len(images), num_crops + 1, 3, size, size)
             for crops, view, cut in zip(data["pixel_values"], views, local, strict=True):
-                _fill(crops, view, cut, mean, std)
+                end = 1 + cut.shape[0] * cut.shape[1]
+                crops[0] = view
+                look_up(cut, values, crops[1:end].view(cut.shape))
+                crops[end:] = 0
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _hd_transform(self, image: Image.Image, num_crops: int) -> torch.Tensor:
@@ -240,50 +244,13 @@ def _cut(image: torch.Tensor, size: int) -> torch.Tensor:
     return crops.permute(1, 3, 0, 2, 4)
 
 
-def _normalise(values: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def _level_values(image_mean: Sequence[float], image_std: Sequence[float]) -> torch.Tensor:
     """
-    Levels of 0 to 255 as float32, (3, height, width), to the tower's values, in place; in the steps
-    of ToTensor and Normalize, whose rounding is to be kept.
+    The tower's values of the levels 0 to 255, (3, 256) float32; in the steps of ToTensor and
+    Normalize, whose rounding is to be kept.
     """
-    return values.div_(255).sub_(mean).div_(std)
-
-
-def _fill(
-    crops: torch.Tensor,
-    view: torch.Tensor,
-    cut: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-) -> None:
-    """
-    Write an image's crops to `crops` (k, 3, size, size): the global `view`, the levels `cut` (rows,
-    columns, 3, size, size) as the tower's values, zeros.
-    """
-    end = 1 + cut.shape[0] * cut.shape[1]
-    crops[0] = view
-    crops[1:end].view(cut.shape).copy_(cut)
-    for crop in crops[1:end]:  # one by one, which fits the core's cache
-        _normalise(crop, mean, std)
-    crops[end:] = 0
-
-
-def _global_view(
-    levels: torch.Tensor, size: int, mean: torch.Tensor, std: torch.Tensor
-) -> torch.Tensor:
-    """
-    (3, height, width) uint8 to (3, size, size): torch's bicubic without antialiasing over the
-    normalised image, as the official global view.
-    """
-    # Between crops and view lie whole factors. At an odd one, the centre of a view's pixel is that
-    # of a pixel of the image, and bicubic returns this pixel as it is: no other one is needed.
-    steps = [side // size if side // size % 2 else 1 for side in levels.shape[1:]]
-    levels = levels[:, steps[0] // 2 :: steps[0], steps[1] // 2 :: steps[1]]
-    values = _normalise(levels.float(), mean, std)
-    if values.shape[1:] == (size, size):
-        return values
-    return torch.nn.functional.interpolate(
-        values[None], size=(size, size), mode="bicubic", align_corners=False
-    )[0]
+    mean, std = (torch.tensor(values).view(3, 1) for values in (image_mean, image_std))
+    return torch.arange(256.0).div(255).sub(mean).div(std)
 
 
 __all__ = ["Phi3VImageProcessor", "Phi3VImageProcessorKwargs"]

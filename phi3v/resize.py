@@ -72,7 +72,7 @@ def _weights(size: int, scaled: int) -> tuple[np.ndarray, np.ndarray]:
     return first.astype(np.uint64), np.asfortranarray(fixed)
 
 
-def _compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     """The function as machine code, kept on disk where there is a place for it."""
     if numba is None:
         return function
@@ -82,7 +82,7 @@ def _compiled(function: Callable) -> Callable:
         return numba.njit(function, nogil=True)
 
 
-@_compiled
+@compiled
 def _scale_width(image, first, weights, out):
     """`image` (h, w, 3) into `out` (3, h, width)."""
     height, old, _ = image.shape
@@ -103,7 +103,7 @@ def _scale_width(image, first, weights, out):
                 out[c, y, x] = sums[x] >> PRECISION
 
 
-@_compiled
+@compiled
 def _scale_height(image, first, weights, out):
     """`image` (c, h, w) into `out` (c, height, w)."""
     channels, height, width = out.shape

@@ -223,7 +223,7 @@ def test_saved_processor_works_without_this_package(processor, tmp_path):
 
 def test_travelling_files_import_nothing_of_the_project():
     """They import each other at most: they work alone in a checkpoint's folder."""
-    names = ["resize"] + [
+    names = ["resize", "levels"] + [
         f"{name}_phi3_v" for name in ("configuration", "modeling", "image_processing", "processing")
     ]
     for name in names:
