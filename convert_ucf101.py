@@ -547,7 +547,7 @@ def convert_all(videos: list[Video], args: argparse.Namespace) -> dict[Video, Ou
     else:
         done = convert_in_processes(convert, videos, args.num_workers)
     outcomes = {}
-    tqdm.monitor_interval = 0  # it would be a second thread, and a process with threads forks badly
+    tqdm.monitor_interval = 0  # no thread of tqdm's: a process that has threads should not fork
     bar = tqdm(done, total=len(videos), unit="video", disable=args.no_tqdm)
     with closing(done), closing(bar):
         for video, outcome in bar:

@@ -67,8 +67,8 @@ def _agrees_with_torch() -> bool:
     """
     Whether the compiled code rounds as torch does here.
 
-    That depends on the processor: where it adds and multiplies in one instruction, which rounds
-    once, compilers use it, and here its place is that of torch's builds for x86.
+    Where a processor multiplies and adds in one instruction, which rounds once, compilers use it;
+    in which of the four steps is their choice. `_mix` has that of torch's builds for x86.
     """
     if numba is None:
         return False
