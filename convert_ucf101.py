@@ -88,6 +88,8 @@ GUESS_SLACK = 2
 MADE_BY = f"convert_ucf101 1, PyAV {av.__version__}, Pillow {PIL.__version__}"
 JFIF_END = 20  # where the comment goes: right behind the JFIF header that Pillow writes
 PART = ".convert_ucf101.{}.part"  # a file that is being written
+# To fork a worker saves the start of Python and the imports; on macOS it is not safe.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # How often a video whose worker died is tried in a process of its own.
 TRIES_ALONE = 2
 SHOWN = 10  # ignored files that are named
@@ -505,8 +507,7 @@ def convert_in_processes(
     convert: Callable[[Video], Outcome], videos: list[Video], num_workers: int
 ) -> Iterator[tuple[Video, Outcome]]:
     """Yield the videos with their outcomes, in their order as long as no worker dies."""
-    # To fork saves the start of Python and the imports; on macOS it is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context(START_METHOD)
     # When this process is killed, the helper of "spawn" clears up and would warn of it.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     batches, deaths = [videos], Counter()

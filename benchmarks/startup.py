@@ -26,7 +26,6 @@ import os, runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 register_optimizer_step_post_hook(lambda *_: os._exit({DONE}))
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 TORCH, TRAINER = "import torch", "from transformers import Trainer"
@@ -42,7 +41,8 @@ def seconds(code: str, flags: list[str]) -> float:
     return taken
 
 
-def make_flags(work_dir: Path) -> list[str]:
+def prepare(work_dir: Path) -> list[str]:
+    """Write a model and a page, and return the recipe with the flags that train on them."""
     save_random("tiny", work_dir / "model", torch.float32, "cpu")
     (work_dir / "data").mkdir()
     write_data(work_dir / "data", rows=1)
@@ -56,7 +56,7 @@ def make_flags(work_dir: Path) -> list[str]:
 def main():
     args = make_parser(__doc__, rounds=5).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        flags = make_flags(Path(folder))
+        flags = prepare(Path(folder))
         imports = {TORCH: TORCH, TRAINER: TRAINER, "import of the recipe": f"import {RECIPE.stem}"}
         ways = {
             name: partial(seconds, f"{code}\nimport os; os._exit({DONE})", [])

@@ -216,6 +216,14 @@ def test_same_bytes_for_any_number_of_workers(videos: Path, tmp_path: Path):
     assert tree(outs[0]) == tree(outs[1]) == tree(outs[2])
 
 
+def test_spawned_workers(videos: Path, tmp_path: Path, monkeypatch):
+    """Where processes cannot be forked, as on macOS, the result is the same."""
+    assert main("video_dir", videos, tmp_path / "one") == 0
+    monkeypatch.setattr(converter, "START_METHOD", "spawn")
+    assert main("video_dir", videos, tmp_path / "two", "--num_workers", 2) == 0
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
 def test_summary_and_next_command(videos: Path, tmp_path: Path):
     """The user sees the counts, where the jsonl are, and a command that can be pasted."""
     out = tmp_path / "out dir"

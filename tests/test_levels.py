@@ -28,12 +28,14 @@ def by_torch(levels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_every_value_is_that_of_torch(steps):
+    """The global view is the official one, to the last bit."""
     levels, values = make_image(steps)
     assert torch.equal(compiled_levels.shrink(levels, values, SIZE), by_torch(levels, values))
 
 
 @pytest.mark.parametrize("with_numba", [True, False])
 def test_crops_are_looked_up(with_numba, monkeypatch):
+    """Every level becomes its channel's value, and no place is left out."""
     if not with_numba:
         monkeypatch.setattr(compiled_levels, "numba", None)
     levels, values = make_image((2, 3))
@@ -56,24 +58,17 @@ def test_the_same_without_numba(steps, monkeypatch):
 
 def test_other_rounding_is_noticed(monkeypatch):
     """Where torch rounds in other places, the compiled code is not used."""
-    compiled = compiled_levels._shrink
+    compiled = compiled_levels._shrink_compiled
 
-    def one_bit_off(levels, values, out):
-        compiled(levels, values, out)
-        out[0, 5, 5] = np.nextafter(out[0, 5, 5], np.float32(9))
+    def one_bit_off(*image):
+        scaled = compiled(*image)
+        scaled[0, 5, 5] = torch.nextafter(scaled[0, 5, 5], torch.tensor(9.0))
+        return scaled
 
     agrees = compiled_levels._agrees_with_torch.__wrapped__
-    monkeypatch.setattr(
-        compiled_levels, "_shrink_by_torch", lambda *image: by_compiled(compiled, *image)
-    )
+    monkeypatch.setattr(compiled_levels, "_shrink_by_torch", compiled)
     assert agrees()
-    monkeypatch.setattr(compiled_levels, "_shrink", one_bit_off)
+    monkeypatch.setattr(compiled_levels, "_shrink_compiled", one_bit_off)
     assert not agrees()
     monkeypatch.setattr(compiled_levels, "numba", None)
     assert not agrees()
-
-
-def by_compiled(shrink, levels: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
-    out = np.empty((len(levels), size, size), dtype=np.float32)
-    shrink(levels.numpy(), values.numpy(), out)
-    return torch.from_numpy(out)
