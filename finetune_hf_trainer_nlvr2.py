@@ -44,6 +44,7 @@ from phi3v.sources import (
 )
 from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
+    finish_run,
     load_model,
     load_processor,
     make_training_arguments,
@@ -144,16 +145,13 @@ def main():
 
     model = load_model(args, training_args)
     throughput = ThroughputCallback()
+    checkpoints = CheckpointCallback(args, processor, settings)
     trainer = Trainer(
         model=model,
         args=training_args,
         data_collator=TrainingCollator(processor, with_ids=True),
         train_dataset=train_dataset,
-        callbacks=[
-            LossWatch(),
-            throughput,
-            CheckpointCallback(args, processor, settings),
-        ],
+        callbacks=[LossWatch(), throughput, checkpoints],
     )
     throughput.time_batches(trainer)
     set_learning_rates(trainer, args)
@@ -161,7 +159,7 @@ def main():
     def run_evaluation(file_name: str):
         evaluate(trainer, processor, eval_dataset, metrics, file_name, args)
 
-    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation))
+    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation, checkpoints))
 
     if checkpoint is None:
         run_evaluation("eval_before.json")
@@ -170,6 +168,7 @@ def main():
     trainer.train(resume_from_checkpoint=checkpoint)
     save_model(trainer, processor, args)
     run_evaluation("eval_after.json")
+    finish_run(args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,46 @@
 """The command line that all recipes share."""
 
 import argparse
+import math
 import os
 import shutil
-import time
+from collections.abc import Callable
 
 import torch
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+
+from .distributed import world_size
+from .failures import record_failure
+
+TORCHRUN_NUMBERS = (
+    *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"),
+    "TORCHELASTIC_RESTART_COUNT",
+)
+LARGE = 2**31 - 1  # more than anything is counted to here
+# The least and the largest value of numeric flags, those of single recipes included.
+RANGES = {
+    "num_crops": (1, 16),
+    "batch_size": (1, LARGE),
+    "batch_size_per_gpu": (1, LARGE),
+    "eval_batch_size_per_gpu": (1, LARGE),
+    "max_new_tokens": (1, LARGE),
+    "save_total_limit": (1, LARGE),
+    "max_length": (1, LARGE),
+    "pack_length": (1, LARGE),
+    "eval_steps": (1, LARGE),
+    "save_steps": (1, LARGE),
+    "num_eval_rows": (1, LARGE),
+    "lora_rank": (1, 65_536),
+    "lora_alpha_ratio": (0, 65_536),
+    "lora_dropout": (0, 1),
+    "dataloader_num_workers": (0, 1024),
+    "num_train_epochs": (0, 1_000_000),
+    "learning_rate": (0, 1000),
+    "vision_learning_rate": (0, 1000),
+    "projector_learning_rate": (0, 1000),
+    "wd": (0, 1000),
+    "seed": (0, 2**32 - 1),
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -185,45 +219,32 @@ def parse_arguments(
     args = parser.parse_args(argv)
     args.use_lora = args.use_lora or args.use_qlora
     args.bf16 = args.bf16 or args.use_flash_attention
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
 
     def refuse(message: str) -> None:
-        # Every rank finds the same mistake; one says it, before torchrun ends them all.
-        if rank == 0:
+        # Every rank finds the same mistake. One says it; torchrun shows it once more, last.
+        record_failure(message)
+        if os.environ.get("RANK", "0") == "0":
             parser.error(message)
-        time.sleep(2)
         parser.exit(2)
 
-    if not 1 <= args.num_crops <= 16:
-        refuse(f"--num_crops must be 1 to 16, not {args.num_crops}.")
-    for flag in (
-        "batch_size",
-        "batch_size_per_gpu",
-        "eval_batch_size_per_gpu",
-        "max_new_tokens",
-        "save_total_limit",
-        "lora_rank",
-    ):
-        if getattr(args, flag) < 1:
-            refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
-    for flag in ("max_length", "pack_length", "eval_steps", "save_steps"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            refuse(f"--{flag} must be at least 1, not {getattr(args, flag)}.")
-    per_step = world_size * args.batch_size_per_gpu
+    check_environment(refuse)
+    check_ranges(args, refuse)
+    check_output_dir(args, refuse)
+    processes = world_size()
+    per_step = processes * args.batch_size_per_gpu
     if args.batch_size % per_step:
         refuse(
-            f"--batch_size {args.batch_size} must be divisible by {world_size} processes x "
+            f"--batch_size {args.batch_size} must be divisible by {processes} processes x "
             f"--batch_size_per_gpu {args.batch_size_per_gpu} = {per_step}."
         )
-    if args.num_train_epochs <= 0:
-        refuse(f"--num_train_epochs must be above 0, not {args.num_train_epochs}.")
     if args.resume_from_checkpoint is not None:
         for flag in ("eval_only", "overwrite_output_dir"):
             if getattr(args, flag):
                 refuse(f"--{flag} and --resume_from_checkpoint contradict each other.")
     if args.merge_lora and not args.use_lora:
         refuse("--merge_lora needs --use_lora or --use_qlora: without adapters, nothing is merged.")
+    if args.merge_lora and args.eval_only:
+        refuse("--merge_lora has nothing to merge under --eval_only. Give one of the two.")
     for flag in ("vision_learning_rate", "projector_learning_rate"):
         if getattr(args, flag) is not None and args.freeze_vision_model:
             refuse(
@@ -263,6 +284,59 @@ def parse_arguments(
             "--use_lora."
         )
     return args
+
+
+def check_environment(refuse: Callable[[str], None]) -> None:
+    """Look at what torchrun sets, where somebody else set it."""
+    numbers = {}
+    for name in TORCHRUN_NUMBERS:
+        text = os.environ.get(name)
+        if text is not None and not (text.isascii() and text.isdecimal()):
+            refuse(
+                f"the environment variable {name} is {text!r}, not a number. Start with torchrun."
+            )
+        numbers[name] = int(text) if text is not None else None
+    if numbers["WORLD_SIZE"] is None:
+        return
+    processes, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    if processes < 1 or (rank or 0) >= processes:
+        refuse(f"the environment has WORLD_SIZE {processes} and RANK {rank}. Start with torchrun.")
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if processes > 1 and missing:
+        refuse(f"WORLD_SIZE is {processes}, and {missing[0]} is not set. Start with torchrun.")
+
+
+def check_ranges(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuse numbers that cannot be meant, NaN and infinity among them."""
+    for flag, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(f"--{flag} must be a finite number, not {value}.")
+        low, high = RANGES.get(flag, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
+            wanted = f"at least {low:,}" if high >= LARGE else f"{low:g} to {high:g}"
+            refuse(f"--{flag} must be {wanted}, not {value}.")
+    for flag in ("num_train_epochs", "learning_rate", "lora_alpha_ratio"):
+        if getattr(args, flag) == 0:
+            refuse(f"--{flag} must be above 0, not {getattr(args, flag)}.")
+    if args.lora_dropout == 1:
+        refuse("--lora_dropout must be below 1, not 1: the adapters would see nothing.")
+
+
+def check_output_dir(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
+    """Refuse to write where the model is read from, whatever the path that leads there."""
+    folder, output = args.model_name_or_path, os.path.join(os.path.realpath(args.output_dir), "")
+    if not os.path.isdir(folder):
+        return  # a hub id
+    model = os.path.join(os.path.realpath(folder), "")
+    # Its files may be links.
+    places = [model, *(os.path.realpath(entry.path) for entry in os.scandir(folder))]
+    is_its_checkpoint = output.startswith(f"{model}checkpoint-")
+    if is_its_checkpoint or any(place.startswith(output) for place in places):
+        refuse(
+            f"--output_dir {args.output_dir} is where --model_name_or_path {folder} lies, which "
+            "would be overwritten. Choose another folder."
+        )
 
 
 def _compiler() -> str | None:

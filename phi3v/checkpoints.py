@@ -12,24 +12,22 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
-from .failures import RunError
-from .files import write_json
+from . import stopping
+from .distributed import on_first_rank, print_first, world_size
+from .failures import RunError, record_failure
 from .images import undecoded
+from .output_folder import COMPLETE, MODE, OutputFolder, incompleteness
 from .processing_phi3_v import Phi3VProcessor
-from .training import deepspeed_path, print_first
+from .training import deepspeed_path, merge_adapter, merged_dtype
 
-COMPLETE = "complete.json"
-STOPPED = 128 + signal.SIGTERM  # the exit status of a run that SIGTERM stopped
 FINGERPRINT_SAMPLES = 1000
 
 # Flags that change neither the trained weights nor the order of the samples. Where the data lies is
@@ -46,87 +44,106 @@ HARMLESS = {
 
 def find_checkpoint(args: argparse.Namespace, settings: dict[str, object]) -> str | None:
     """
-    The checkpoint to resume from, or None to start anew.
+    The checkpoint to resume from, or None to start anew. Nothing is removed yet.
 
     `--resume_from_checkpoint` takes the newest complete one of the output folder, and starts anew
     where there is none, so that the same command starts and restarts a run. With a path it takes
-    that one.
+    that one. The process ends here, with status 0, where the run is finished already.
 
     Args:
         settings: of this run, see `run_settings`.
 
     Raises:
         RunError: the checkpoint is not complete, or settings that change the result are others than
-            those of its run; or a new run would mix with what the output folder holds.
+            those of its run; or a new run would mix with what the output folder holds; or another
+            run is writing there.
     """
-    folder = Path(args.output_dir)
+    finished, checkpoint = on_first_rank(lambda: _choose(args, settings))
+    if finished:
+        print_first(f"{args.output_dir} holds this run, and it is finished: nothing is left to do.")
+        if args.merge_lora:
+            merge_adapter(args)
+        raise SystemExit(0)
+    if checkpoint:
+        print_first(f"Resuming from {checkpoint}")
+    return checkpoint
+
+
+def _choose(args: argparse.Namespace, settings: dict[str, object]) -> tuple[bool, str | None]:
+    """Whether the run is finished, and the checkpoint that it goes on from. For the first rank."""
+    folder = OutputFolder(args.output_dir)
+    try:
+        choice = _look(args, folder, settings)
+        if not choice[0]:
+            # Only now is anything written; and a run that had the lock may have ended meanwhile.
+            folder.lock()
+            choice = _look(args, folder, settings)
+    except OSError as error:
+        raise RunError(
+            f"--output_dir {folder.path}: {error.strerror or error}. Choose another folder."
+        ) from None
+    return choice
+
+
+def _look(
+    args: argparse.Namespace, folder: OutputFolder, settings: dict[str, object]
+) -> tuple[bool, str | None]:
     if args.resume_from_checkpoint is None:
-        _make_room(args, folder)
-        return None
-    if args.resume_from_checkpoint:
-        checkpoint = Path(args.resume_from_checkpoint)
+        _refuse_results(args, folder, folder.results())
+        return False, None
+    record, given = folder.record, args.resume_from_checkpoint
+    inside = not given or Path(given).resolve().is_relative_to(folder.path.resolve())
+    if record["finished"] and inside:
+        _check_settings(f"{folder.path} holds a finished run", record["settings"], settings)
+        return True, None
+    whole = [path for path in folder.checkpoints() if not incompleteness(path)]
+    damaged = {
+        path: incompleteness(path)
+        for path in folder.checkpoints()
+        if path not in whole and not folder.was_interrupted(path)
+    }
+    if given:
+        checkpoint = Path(given)
         if problem := incompleteness(checkpoint):
             raise RunError(
                 f"--resume_from_checkpoint {checkpoint}: {problem}. Without a path, the newest "
-                f"complete checkpoint of --output_dir is taken."
+                "complete checkpoint of --output_dir is taken."
             )
-    else:
-        complete = [path for path in checkpoints(folder) if not incompleteness(path)]
-        if not complete:
-            print_first(f"{folder} holds no complete checkpoint: the run starts anew")
-            return None
-        checkpoint = complete[-1]
-    _check_settings(checkpoint, settings)
-    print_first(f"Resuming from {checkpoint}")
-    return str(checkpoint)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoint folders, complete or not, the oldest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
-
-
-def incompleteness(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None if it is whole."""
-    if not checkpoint.is_dir():
-        return "there is no such folder"
-    try:
-        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return f"it is not complete (no whole {COMPLETE} in it)"
-    for name, size in files:
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is missing or does not have its {size} bytes"
-    return None
-
-
-def _make_room(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse a folder with another run's results, or remove them with --overwrite_output_dir."""
-    results = ["eval_before.json"] if args.eval_only else ["eval_*.json", "*.safetensors"]
-    held = [path for pattern in results for path in sorted(folder.glob(pattern))]
-    held += [] if args.eval_only else checkpoints(folder)
-    if not held:
-        return
-    if not args.overwrite_output_dir:
+        if not inside and record["settings"] != settings:
+            _refuse_results(args, folder, folder.results())
+    elif whole:
+        checkpoint = whole[-1]
+        for path, problem in damaged.items():
+            print(f"{path} is not used and left as it is: {problem}", flush=True)
+    elif damaged:
+        path, problem = list(damaged.items())[-1]
         raise RunError(
-            f"--output_dir {folder} holds {held[0].name} of another run. Go on with that run with "
-            "--resume_from_checkpoint, replace it with --overwrite_output_dir, or choose another "
-            "folder."
+            f"{path} cannot be resumed from: {problem}. Restore the file, or start a new run in "
+            "another --output_dir."
         )
-    if int(os.environ.get("RANK", 0)) == 0:
-        for path in held:
-            if path.is_dir():
-                _remove_checkpoint(path)
-            else:
-                path.unlink()
+    else:
+        ours = {*record["files"], *record["checkpoints"]}
+        _refuse_results(args, folder, [p for p in folder.results() if p.name not in ours])
+        if record["settings"] is not None:
+            _check_settings(f"{folder.path} holds a run", record["settings"], settings)
+        print(f"{folder.path} holds no complete checkpoint: the run starts anew", flush=True)
+        return False, None
+    _check_settings(f"{checkpoint} comes from a run", _settings_of(checkpoint), settings)
+    return False, str(checkpoint)
 
 
-def _remove_checkpoint(checkpoint: Path) -> None:
-    # First what makes it count: a half-deleted checkpoint is an incomplete one.
-    (checkpoint / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[Path]) -> None:
+    """Raise RunError where the folder holds results, and they are not to be replaced."""
+    if args.eval_only:
+        held = [path for path in held if path.name == "eval_before.json"]
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"--output_dir {folder.path} is no folder. Choose another name.")
+    if held and not args.overwrite_output_dir:
+        raise RunError(
+            f"--output_dir {folder.path} holds {held[0].name} of another run. Go on with that run "
+            "with --resume_from_checkpoint, replace it with --overwrite_output_dir, or choose "
+            "another folder."
+        )
 
 
 def run_settings(args: argparse.Namespace, train_dataset: Sequence) -> dict[str, object]:
@@ -134,7 +151,7 @@ def run_settings(args: argparse.Namespace, train_dataset: Sequence) -> dict[str,
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     path = deepspeed_path(args)
     settings["deepspeed"] = json.loads(path.read_text(encoding="utf-8")) if path else None
-    settings["processes"] = int(os.environ.get("WORLD_SIZE", 1))
+    settings["processes"] = world_size()
     settings["training data"] = fingerprint(train_dataset)
     return json.loads(json.dumps(settings))
 
@@ -166,128 +183,161 @@ def _image_identity(image: object) -> list:
     return [image.mode, *image.size]
 
 
-def _check_settings(checkpoint: Path, ours: dict[str, object]) -> None:
-    theirs = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["settings"]
+def _settings_of(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("settings") or {}
+
+
+def _check_settings(where: str, theirs: dict, ours: dict[str, object]) -> None:
     differences = [
-        f"{name} is {ours.get(name)!r}, the checkpoint has {theirs.get(name)!r}"
+        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
     if differences:
         raise RunError(
-            f"{checkpoint} comes from a run with other settings, and would end with other weights: "
+            f"{where} with other settings, and this one would end with other weights: "
             f"{'; '.join(differences)}. Resume with the settings of its run, or start a new run in "
             "another --output_dir."
         )
 
 
-def check_free_space(
-    folder: Path, model: torch.nn.Module, with_checkpoints: bool, keep: int
-) -> None:
+def bytes_to_write(
+    model: torch.nn.Module, args: argparse.Namespace, num_checkpoints: int, deepspeed: bool
+) -> int:
     """
-    Raise RunError where the disk cannot hold what the run will write.
+    What a run writes: the model (of LoRA: the adapter), checkpoints, the merged model.
 
-    That is the model (of LoRA: the adapter), and of `keep` checkpoints and the one being written
-    also AdamW's two float32 moments of what is trained.
+    A checkpoint holds the weights and AdamW's two float32 moments of what is trained; DeepSpeed's
+    holds the weights once more, and a float32 copy. In bf16, that is 16 bytes a parameter.
     """
-    # A shard of ZeRO-3 says in ds_numel how large the whole is.
-    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    # A shard of ZeRO-3 says in ds_numel how large the whole is, a 4-bit weight in quant_state.
+    sizes = {
+        p: p.quant_state.shape.numel()
+        if getattr(p, "quant_state", None)
+        else getattr(p, "ds_numel", p.numel())
+        for p in model.parameters()
+    }
+    trained = sum(size for p, size in sizes.items() if p.requires_grad)
     saved = [p for p in sizes if p.requires_grad or not isinstance(model, PeftModel)]
     weights = sum(sizes[p] * p.element_size() for p in saved)
-    checkpoint = weights + 8 * sum(size for p, size in sizes.items() if p.requires_grad)
-    needed = weights + with_checkpoints * (keep + 1) * checkpoint
-    existing = next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise RunError(
-            f"--output_dir {folder}: the run will write up to {needed / 1e9:,.1f} GB, and the disk "
-            f"has {free / 1e9:,.1f} GB free. Free some, lower --save_total_limit, or choose a "
-            "folder on another disk."
-        )
-
-
-def _folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """The checkpoint of the current step, named as the Trainer names it."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    state = weights + 12 * trained if deepspeed else 8 * trained
+    merged = args.merge_lora * sum(sizes.values()) * merged_dtype(args).itemsize
+    return weights + num_checkpoints * (weights + state) + merged
 
 
 class CheckpointCallback(TrainerCallback):
     """
-    Makes the Trainer's checkpoints complete, deletes older ones, and answers SIGTERM.
+    Takes the output folder over for this run, makes the Trainer's checkpoints complete, deletes
+    older ones, and answers SIGTERM.
 
     After SIGTERM, to any rank, all ranks finish the same step, save a checkpoint, and exit with
-    status `STOPPED`.
+    status `stopping.STOPPED`.
     """
 
     def __init__(
         self, args: argparse.Namespace, processor: Phi3VProcessor, settings: dict[str, object]
     ):
+        self.args = args
+        self.folder = OutputFolder(args.output_dir)
         self.processor = processor
         self.settings = settings
-        self.keep = args.save_total_limit
-        self.terminated = self.stopping = False
+        self.stopping = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        if state.is_world_process_zero:
-            check_free_space(Path(args.output_dir), model, args.save_strategy != "no", self.keep)
+        # Model and data are loaded: only now is an earlier run replaced.
+        if not state.is_world_process_zero or self.args.eval_only:
+            return
+        saves = args.save_strategy != "no"
+        self._check_free_space(model, saves, args.deepspeed is not None)
+        folder = self.folder
+        if self.args.overwrite_output_dir:
+            folder.remove_run()
+        # Checkpoints that can be resumed from are ours, whatever became of the record.
+        whole = [path.name for path in folder.checkpoints() if not incompleteness(path)]
+        known = {*folder.record["checkpoints"], *whole}
+        folder.update(settings=self.settings, finished=False, checkpoints=sorted(known))
+
+    def _check_free_space(self, model: torch.nn.Module, saves: bool, deepspeed: bool) -> None:
+        """Raise RunError where the disk cannot hold what the run will write."""
+        count = self.args.save_total_limit + 1 if saves else 0  # one is being written
+        needed = bytes_to_write(model, self.args, count, deepspeed)
+        folder = self.folder.path.absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if self.args.overwrite_output_dir:
+            free += self.folder.size()
+        if free < needed:
+            raise RunError(
+                f"--output_dir {self.folder.path}: the run will write up to {needed / 1e9:,.1f} "
+                f"GB, and the disk has {free / 1e9:,.1f} GB free. Free some, lower "
+                "--save_total_limit, or choose a folder on another disk."
+            )
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A group of its own on the CPU: asking whether to stop never waits for a GPU.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, *_):
-        self.terminated = True
+        stopping.listen()
 
     def on_step_begin(self, args, state, control, **kwargs):
         # Ranks get the signal at different times, but have to stop at one step. They agree while
         # the step is computed.
-        self.stop = torch.tensor([int(self.terminated)])
+        self.flag = torch.tensor([int(stopping.received())])
         if self.group is not None:
             self.agreement = dist.all_reduce(
-                self.stop, dist.ReduceOp.MAX, group=self.group, async_op=True
+                self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True
             )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.group is not None:
             self.agreement.wait()
-        if self.stop.item():
-            self.stopping = control.should_save = control.should_training_stop = True
-        if control.should_save:
-            # One of this step may be there, of a run that was resumed from an earlier one. It
-            # stops counting before it is overwritten.
-            if state.is_world_process_zero:
-                (_folder(args, state) / COMPLETE).unlink(missing_ok=True)
-            if self.group is not None:
-                dist.barrier(self.group)
+        if self.flag.item():
+            self.stop(state, control)
+        elif control.should_save:
+            self._begin(state)
+
+    def stop(self, state: TrainerState, control) -> None:
+        """At the end of a step, on every rank: save a checkpoint, and stop."""
+        self.stopping = control.should_save = control.should_training_stop = True
+        self._begin(state)
+
+    def _begin(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self.folder.begin_checkpoint(_name(state))
+        if self.group is not None:
+            dist.barrier(self.group)
 
     def on_save(self, args, state, control, **kwargs):
-        checkpoint = _folder(args, state)
+        checkpoint = self.folder.path / _name(state)
         if self.group is not None:
             dist.barrier(self.group)  # every rank has written its part
         if not state.is_world_process_zero:
             return
         self.processor.save_pretrained(checkpoint)
-        files = {
-            str(path.relative_to(checkpoint)): path.stat().st_size
-            for path in sorted(checkpoint.rglob("*"))
-            if path.is_file() and path.name != COMPLETE
-        }
+        files = {}
+        for path in sorted(checkpoint.rglob("*")):
+            if path.is_file():
+                path.chmod(MODE)
+                files[str(path.relative_to(checkpoint))] = path.stat().st_size
         content = {"step": state.global_step, "settings": self.settings, "files": files}
-        write_json(checkpoint / COMPLETE, content)
-        older = [path for path in checkpoints(checkpoint.parent) if path != checkpoint]
-        broken = [path for path in older if incompleteness(path)]
-        whole = [path for path in older if path not in broken]
-        for path in broken + whole[: max(0, len(whole) + 1 - self.keep)]:
-            _remove_checkpoint(path)
+        self.folder.complete_checkpoint(checkpoint, content)
+        ours = [self.folder.path / name for name in self.folder.record["checkpoints"]]
+        older = [path for path in self.folder.checkpoints() if path in ours and path != checkpoint]
+        broken = [path for path in older if self.folder.was_interrupted(path)]
+        whole = [path for path in older if not incompleteness(path)]
+        for path in broken + whole[: max(0, len(whole) + 1 - self.args.save_total_limit)]:
+            self.folder.remove_checkpoint(path.name)
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous_handler)
         if self.stopping:
-            print_first(
+            text = (
                 f"Stopped by SIGTERM after step {state.global_step} of {state.max_steps}; a "
                 "checkpoint is saved. The same command with --resume_from_checkpoint goes on."
             )
-            sys.exit(STOPPED)
+            print_first(text)
+            record_failure(text)
+            raise stopping.Stopped
+
+
+def _name(state: TrainerState) -> str:
+    """The checkpoint of the current step, as the Trainer names it."""
+    return f"checkpoint-{state.global_step}"

@@ -11,16 +11,18 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from . import stopping
+from .checkpoints import CheckpointCallback
 from .collators import GenerationCollator
-from .failures import RunError
-from .files import write_json
+from .distributed import any_rank, print_first
+from .failures import RunError, record_failure
 from .metrics import normalise
 from .modeling_phi3_v import join_crops
+from .output_folder import OutputFolder
 from .processing_phi3_v import Phi3VProcessor
-from .training import print_first
 
 
 class Result(NamedTuple):
@@ -53,6 +55,9 @@ def evaluate(
 
     Returns:
         The metrics, on every rank.
+
+    Raises:
+        Stopped: SIGTERM came; nothing is written.
     """
     generated = generate(trainer, processor, records, args, desc=file_name, choices=choices)
     results = []
@@ -71,22 +76,52 @@ def evaluate(
         }
         if choices:
             written["probabilities"] = [result.probability for result in results]
-        write_json(Path(trainer.args.output_dir) / file_name, written)
+        OutputFolder(trainer.args.output_dir).write_json(file_name, written)
     shown = ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
     print_first(f"{file_name}: {shown} on {len(results)} samples")
     return numbers
 
 
 class EvaluateEvery(TrainerCallback):
-    """Calls `run(file_name)` after every `steps` optimizer steps; never, where `steps` is None."""
+    """
+    Calls `run(file_name)` after every `steps` optimizer steps; never, where `steps` is None.
 
-    def __init__(self, steps: int | None, run: Callable[[str], object]):
+    A step's checkpoint is saved before its evaluation, so that a long evaluation cannot cost it. At
+    SIGTERM the evaluation is left, and what the checkpoints' callback does at SIGTERM is done.
+    """
+
+    def __init__(
+        self, steps: int | None, run: Callable[[str], object], checkpoints: CheckpointCallback
+    ):
         self.steps = steps
         self.run = run
+        self.checkpoints = checkpoints
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The run may have been stopped between a checkpoint and its evaluation.
+        if state.global_step and not (Path(args.output_dir) / _file_name(state)).exists():
+            self._evaluate(state)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_save and not self._evaluate(state):
+            self.checkpoints.stop(state, control)
+
+    def on_save(self, args, state, control, **kwargs):
+        if not self.checkpoints.stopping and not self._evaluate(state):
+            self.checkpoints.stopping = control.should_training_stop = True
+
+    def _evaluate(self, state: TrainerState) -> bool:
+        """Evaluate if it is time to. False if SIGTERM has cut that short."""
         if self.steps and state.global_step % self.steps == 0:
-            self.run(f"eval_step_{state.global_step}.json")
+            try:
+                self.run(_file_name(state))
+            except stopping.Stopped:
+                return False
+        return True
+
+
+def _file_name(state: TrainerState) -> str:
+    return f"eval_step_{state.global_step}.json"
 
 
 @torch.no_grad()
@@ -139,6 +174,9 @@ def generate(
         tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
     ):
         for batch in loader:
+            # Under ZeRO-3 ranks generate together, so they have to stop together.
+            if any_rank(stopping.received(), device) if zero3 else stopping.received():
+                break
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             if "crop_levels" in batch:
                 batch["pixel_values"] = join_crops(
@@ -164,6 +202,11 @@ def generate(
                 probabilities += logits.softmax(-1)[:, 0].tolist()
             progress.update(min(len(answers) * world_size, len(records) - progress.n))
     model.train(was_training)
+    if any_rank(len(texts) < len(rounds), device):
+        text = f"{desc}: left at SIGTERM. The same command with --resume_from_checkpoint goes on."
+        print_first(text)
+        record_failure(text)
+        raise stopping.Stopped
     answered = zip(texts, probabilities or [None] * len(texts), strict=True)
     return _gather(dict(zip(mine, answered, strict=False)), len(records))
 

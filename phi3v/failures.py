@@ -2,15 +2,14 @@
 Failures that a user can do something about: one message instead of a traceback.
 """
 
-import argparse
 import atexit
 import contextlib
 import errno
+import json
 import os
-import signal
 import sys
 import time
-from functools import partial
+import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -40,15 +39,19 @@ OVERFLOW = (
 )
 # Loss scaling starts at 65,536 and halves with every overflow; it recovers when they are rare.
 SMALLEST_LOSS_SCALE = 1
+# Steps of fp16 in a row without a finite loss: each is skipped, and lowers the loss scale.
+MOST_OVERFLOWS = 10
+# Seconds by which a rank that lost another one waits, so that the other's reason comes first.
+RESPITE = 2
 
 
 class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
-def explain_failures(args: argparse.Namespace) -> None:
+def explain_failures() -> None:
     """From here on, a failure that has an explanation ends the run with it, on every rank."""
-    sys.excepthook = partial(_report, args)
+    sys.excepthook = _report
     atexit.register(_wait_for_gloo)
     atexit.register(_leave_group)  # comes before, as the last one registered
 
@@ -84,21 +87,34 @@ def _gloo_states() -> set[str]:
     return states
 
 
-def _report(
-    args: argparse.Namespace,
-    kind: type[BaseException],
-    error: BaseException,
-    traceback: TracebackType | None,
-) -> None:
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     atexit.unregister(_leave_group)  # it would wait for ranks that may be gone
-    text = explanation(args, error)
+    text = explanation(error)
     if text is None:
-        sys.__excepthook__(kind, error, traceback)
-    else:
-        _say(text)
+        record_failure("".join(traceback.format_exception(kind, error, trace)))
+        sys.__excepthook__(kind, error, trace)
+        return
+    if _lost_a_peer(error):
+        time.sleep(RESPITE)
+    record_failure(text)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def explanation(args: argparse.Namespace, error: BaseException) -> str | None:
+def record_failure(text: str) -> None:
+    """
+    Let torchrun's summary, the last that a user sees, show `text` as the reason of this rank's end.
+
+    The file is that of torch elastic's `record`, which would put a traceback there.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # torchrun then says that there is no record
+            content = {"message": {"message": text, "extraInfo": details}}
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def explanation(error: BaseException) -> str | None:
     """What to tell about an error; None where nothing is known but the traceback."""
     if isinstance(error, ConversationError):
         return plain_message(error)
@@ -111,14 +127,18 @@ def explanation(args: argparse.Namespace, error: BaseException) -> str | None:
     if _disk_is_full(error):
         # A copy has two names; the second one is written.
         names = (getattr(error, name, None) for name in ("filename2", "filename"))
-        path = next(filter(None, names), args.output_dir)
+        path = next(filter(None, names), "--output_dir")
         return (
             f"cannot write {path}: the disk is full, or a quota is ({error}). Free some space, "
             "then go on with --resume_from_checkpoint; complete checkpoints are untouched."
         )
-    if any(sign in str(error) for sign in LOST_PEER):
+    if _lost_a_peer(error):
         return f"another rank is gone, and its own message says why ({error})"
     return None
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    return any(sign in str(error) for sign in LOST_PEER)
 
 
 def _disk_is_full(error: BaseException) -> bool:
@@ -130,26 +150,18 @@ def _disk_is_full(error: BaseException) -> bool:
     )
 
 
-def _say(text: str) -> None:
-    """Print a failure that may be this rank's alone or every rank's."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        # torchrun ends all ranks once one has failed. The first one should get to say why; where
-        # it does not fail, this rank has to.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
-    print(f"error{f' on rank {rank}' if rank else ''}: {text}", file=sys.stderr, flush=True)
-
-
 class LossWatch(TrainerCallback):
     """
-    Ends the run at a loss that is not finite, and says which samples it comes from; and where
-    fp16's loss scale has fallen to where nothing is learnt.
+    Ends the run, on all ranks, at a loss that is not finite, and says which samples it comes from.
+
+    In fp16 such a step is skipped and the loss scale lowered; there, `MOST_OVERFLOWS` of them in a
+    row end the run, or a loss scale at which nothing is learnt.
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.losses: list[tuple[list[str], torch.Tensor]] = []  # of a step's micro-batches
         self.ids: list[str] = []
+        self.overflows = 0
 
         def take_ids(module, inputs, named_inputs):
             self.ids = named_inputs.pop("ids", [])
@@ -167,15 +179,30 @@ class LossWatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         losses, self.losses = self.losses, []
         # One look at the device a step, not one a micro-batch.
-        finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
-        for (ids, loss), good in zip(losses, finite, strict=True):
-            if not good:
-                raise RunError(
+        bad = ~torch.stack([loss for _, loss in losses]).isfinite()
+        any_bad = bad.any().int()
+        if dist.is_initialized():
+            dist.all_reduce(any_bad, dist.ReduceOp.MAX)
+        if not any_bad.item():
+            self.overflows = 0
+            return
+        self.overflows += 1
+        if args.fp16 and self.overflows < MOST_OVERFLOWS:
+            return
+        message = ""
+        for (ids, loss), this_bad in zip(losses, bad.tolist(), strict=True):
+            if this_bad and not message:
+                message = (
                     f"the loss of step {state.global_step} is {loss.item()}, in the batch of "
                     f"{', '.join(map(repr, ids))}. Look at these samples; if they are as they "
                     "should be, lower --learning_rate, or use --bf16 in place of fp16. The "
                     "checkpoints before this step are untouched."
                 )
+        messages = [message]
+        if dist.is_initialized():
+            messages = [None] * dist.get_world_size()
+            dist.all_gather_object(messages, message)
+        raise RunError(next(filter(None, messages)))
 
     def on_log(self, args, state, control, optimizer=None, **kwargs):
         scaler = getattr(optimizer, "scaler", None)  # of fp16 without DeepSpeed, which has its own

@@ -5,15 +5,14 @@ Lengths are known without decoding an image: an image's tokens follow from its s
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from .conversations import ConversationError, image_sizes, to_messages
+from .distributed import print_first, rank
 from .processing_phi3_v import Phi3VProcessor
-from .training import print_first
 
 
 def fit_lengths(
@@ -32,7 +31,7 @@ def fit_lengths(
     max_length, pack_length = args.max_length, args.pack_length
     if max_length is None and pack_length is None:
         return records
-    hidden = not args.tqdm or int(os.environ.get("RANK", 0)) != 0
+    hidden = not args.tqdm or rank() != 0
     bar = tqdm(records, desc="counting tokens", unit="sample", disable=hidden)
     lengths = [count_tokens(processor, record) for record in bar]
     kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]

@@ -32,12 +32,19 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3RMSNorm,
 )
 
+from . import stopping
+from .distributed import print_first, rank, world_size
 from .failures import RunError, explain_failures
-from .files import finished_files
 from .modeling_phi3_v import Phi3VForCausalLM
+from .output_folder import OutputFolder
 from .processing_phi3_v import Phi3VProcessor
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+DECIDED_BY_FLAGS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu"),
+    *("gradient_accumulation_steps", "gradient_clipping"),
+)
 
 # Half an hour by default, which the other ranks would wait for one that hangs.
 TIMEOUT = timedelta(minutes=10)
@@ -55,7 +62,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     Full finetuning runs under DeepSpeed ZeRO-2, LoRA under plain DDP, unless --deepspeed says
     otherwise.
     """
-    explain_failures(args)
+    explain_failures()
     on_gpu = torch.cuda.is_available()
     deepspeed = deepspeed_path(args)
     if deepspeed:
@@ -63,7 +70,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     _meet_again(on_gpu)
     if deepspeed:
         _prepare_deepspeed(on_gpu)
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = rank() == 0
     _filter_warnings(first)
     workers = args.dataloader_num_workers
     if workers is None:
@@ -71,8 +78,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     training_args = TrainingArguments(
         output_dir=args.output_dir,
         per_device_train_batch_size=args.batch_size_per_gpu,
-        gradient_accumulation_steps=args.batch_size
-        // (int(os.environ.get("WORLD_SIZE", 1)) * args.batch_size_per_gpu),
+        gradient_accumulation_steps=args.batch_size // (world_size() * args.batch_size_per_gpu),
         num_train_epochs=args.num_train_epochs,
         learning_rate=args.learning_rate,
         optim="adamw_torch_fused",
@@ -93,7 +99,8 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         dataloader_num_workers=workers,
         logging_steps=10,
-        logging_nan_inf_filter=False,  # LossWatch ends the run instead of hiding such a loss
+        # LossWatch ends the run at such a loss. In fp16 its step is skipped, so it is not logged.
+        logging_nan_inf_filter=on_gpu and not args.bf16,
         save_strategy="no" if args.save_steps is None else "steps",
         save_steps=args.save_steps or 500,
         ddp_timeout=TIMEOUT.seconds,
@@ -133,13 +140,23 @@ def deepspeed_path(args: argparse.Namespace) -> Path | None:
 
 def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
     """Stop where there is no such config, or where the flags do not go with it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    flag = f"--deepspeed {path}"
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        zero = config.get("zero_optimization", {})
+        DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
+        precisions = {name: config.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(
-            f"--deepspeed {path}: {error}. Give a DeepSpeed config, or `none`."
+            f"{flag}: {' '.join(str(error).split())}. Give a DeepSpeed config, or `none`."
         ) from None
-    if config.get("zero_optimization", {}).get("stage") == 3:
+    numbers = {name: config.get(name) for name in DECIDED_BY_FLAGS}
+    for name, value in (numbers | precisions).items():
+        if value not in (None, "auto", False):
+            raise RunError(f'{flag}: {name} is decided by the recipe\'s flags. Write "auto" there.')
+    if zero.get("stage") == 3:
         remedy = "Leave --deepspeed away: DDP is enough for adapters."
         if args.use_qlora:
             raise RunError(f"--use_qlora: ZeRO-3 cannot shard 4-bit weights. {remedy}")
@@ -424,15 +441,16 @@ def set_learning_rates(trainer: Trainer, args: argparse.Namespace) -> None:
         ".img_processor.": args.vision_learning_rate,
         ".vision_embed_tokens.": args.projector_learning_rate,
     }
-    if not any(rates.values()):
+    if all(rate is None for rate in rates.values()):
         return
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             own_rate = next((rate for part, rate in rates.items() if part in name), None)
+            rate = args.learning_rate if own_rate is None else own_rate
             decay = args.wd if name in decayed else 0.0
-            groups.setdefault((own_rate or args.learning_rate, decay), []).append(parameter)
+            groups.setdefault((rate, decay), []).append(parameter)
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     trainer.optimizer = optimizer_class(
         [
@@ -447,18 +465,15 @@ def save_model(trainer: Trainer, processor: Phi3VProcessor, args: argparse.Names
     """
     Write the trained model (of LoRA: the adapter) and the processor to the output folder.
 
-    With --merge_lora, the model with the adapter merged into it goes to merged/ in that folder.
     Files get their names when they are whole.
     """
     first = trainer.is_world_process_zero()
     # Ranks have to save together: each may have a part of the weights.
-    with finished_files(Path(args.output_dir)) if first else nullcontext() as folder:
+    with OutputFolder(args.output_dir).finished_files() if first else nullcontext() as folder:
         _save_weights(trainer, folder)
         if first:
             processor.save_pretrained(folder)
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
-            if args.merge_lora:
-                merge_adapter(args, folder, processor)
     print_first(f"Saved the {'adapter' if args.use_lora else 'model'} to {args.output_dir}")
     trainer.accelerator.wait_for_everyone()
 
@@ -481,21 +496,46 @@ def _save_weights(trainer: Trainer, folder: Path | None) -> None:
         trainer.save_model(None if folder is None else str(folder))
 
 
-def merge_adapter(args: argparse.Namespace, folder: Path, processor: Phi3VProcessor) -> None:
+def finish_run(args: argparse.Namespace) -> None:
+    """After the last evaluation: the run counts as finished. --merge_lora is done then."""
+    if rank() == 0:
+        OutputFolder(args.output_dir).update(finished=True)
+    if args.merge_lora:
+        merge_adapter(args)
+    stopping.end()
+
+
+def merge_adapter(args: argparse.Namespace) -> None:
     """
-    Merge the adapter in `folder` into a fresh base model, never into a 4-bit one, as
-    `folder`/merged.
+    On the first rank, merge the output folder's adapter into a fresh base model, never into a 4-bit
+    one, as merged/ in that folder. The adapter stays as it is.
+
+    Raises:
+        RunError: it cannot be done; the message says why.
     """
-    low = torch.bfloat16 if args.bf16 else torch.float16
-    dtype = low if args.bf16 or torch.cuda.is_available() else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype)
-    merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
-    merged.save_pretrained(folder / "merged")
-    processor.save_pretrained(folder / "merged")
+    output = OutputFolder(args.output_dir)
+    if rank() != 0 or (output.path / "merged" / "config.json").exists():
+        return
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=merged_dtype(args), trust_remote_code=False
+        )
+        merged = PeftModel.from_pretrained(base, output.path).merge_and_unload()
+        processor = AutoProcessor.from_pretrained(output.path, trust_remote_code=False)
+        with output.finished_files("merged") as folder:
+            merged.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    except Exception as error:  # the disk, the memory, the hub
+        raise RunError(
+            f"--merge_lora: {error or type(error).__name__}. The adapter is saved in "
+            f"{output.path}; when that is solved, the same command with --resume_from_checkpoint "
+            "merges it."
+        ) from error
     print_first("Merged the adapter into the model, as merged/ in the output folder")
 
 
-def print_first(message: str) -> None:
-    """Print on the first rank alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
+def merged_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The precision of the merged model: that of training."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else torch.float32

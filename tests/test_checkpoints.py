@@ -18,18 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from phi3v.checkpoints import (
-    COMPLETE,
     CheckpointCallback,
-    check_free_space,
-    checkpoints,
     find_checkpoint,
     fingerprint,
-    incompleteness,
     run_settings,
 )
 from phi3v.collators import TrainingCollator
 from phi3v.failures import LossWatch, RunError, explanation
-from phi3v.files import finished_files, write_json
+from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
 from phi3v.training import (
     _prepare_deepspeed,
     load_model,
@@ -76,17 +72,17 @@ def resume(demo_checkpoint, folder, *flags, records=RECORDS) -> str | None:
 
 def test_newest_complete_one(demo_checkpoint, copy):
     """Two are kept, both whole; the newest is taken; a folder without any starts anew."""
-    kept = checkpoints(copy)
+    kept = OutputFolder(copy).checkpoints()
     assert [path.name for path in kept] == ["checkpoint-2", "checkpoint-3"]
     assert resume(demo_checkpoint, copy) == str(kept[1])
     assert resume(demo_checkpoint, copy, str(kept[0])) == str(kept[0])
-    assert resume(demo_checkpoint, copy.parent) is None
+    assert resume(demo_checkpoint, copy.parent / "new") is None
 
 
 @pytest.mark.parametrize("damage", ["no marker", "half a marker", "file gone", "file cut"])
 def test_a_half_written_one_does_not_count(demo_checkpoint, copy, damage):
     """Nor does it hide the one before it. Named by its path, it is refused with the reason."""
-    newest = checkpoints(copy)[-1]
+    newest = OutputFolder(copy).checkpoints()[-1]
     if damage == "no marker":
         (newest / COMPLETE).unlink()
     elif damage == "half a marker":
@@ -101,19 +97,21 @@ def test_a_half_written_one_does_not_count(demo_checkpoint, copy, damage):
         resume(demo_checkpoint, copy, str(newest))
 
 
-def test_the_next_checkpoint_removes_broken_ones(demo_checkpoint, tmp_path):
-    """Left-overs of a killed run go, and do not push out whole ones."""
-    (tmp_path / "checkpoint-9").mkdir()
-    trained(demo_checkpoint, tmp_path)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+def test_the_next_checkpoint_removes_half_written_ones(demo_checkpoint, tmp_path):
+    """Left-overs of a killed run go, and do not push out whole ones. Other folders stay."""
+    OutputFolder(tmp_path).begin_checkpoint("checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-7").mkdir()
+    trained(demo_checkpoint, tmp_path, "--resume_from_checkpoint")
+    names = [path.name for path in OutputFolder(tmp_path).checkpoints()]
+    assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-7"]
 
 
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
-        (("--batch_size", "3"), "batch_size is 3, the checkpoint has 1"),
-        (("--use_lora",), "use_lora is True, the checkpoint has False"),
-        (("--learning_rate", "1"), "learning_rate is 1.0, the checkpoint has 4e-05"),
+        (("--batch_size", "3"), "batch_size is 3, it had 1"),
+        (("--use_lora",), "use_lora is True, it had False"),
+        (("--learning_rate", "1"), "learning_rate is 1.0, it had 4e-05"),
         (("--num_train_epochs", "2"), "num_train_epochs is 2.0"),
     ],
 )
@@ -127,9 +125,9 @@ def test_other_processes_or_data_are_refused(demo_checkpoint, copy, monkeypatch)
     """So are another number of processes, and other samples."""
     with pytest.raises(RunError, match="training data is '2 samples"):
         resume(demo_checkpoint, copy, records=RECORDS[:2])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="processes is 2, the checkpoint has 1"):
-        resume(demo_checkpoint, copy, "--batch_size", "2")
+    monkeypatch.setattr("phi3v.checkpoints.world_size", lambda: 2)
+    with pytest.raises(RunError, match="processes is 2, it had 1"):
+        resume(demo_checkpoint, copy)
 
 
 def test_harmless_settings_may_change(demo_checkpoint, copy):
@@ -149,48 +147,6 @@ def test_fingerprint():
         other = {**record, "conversations": [changed, *turns]}
         assert fingerprint([other, *others]) != fingerprint(RECORDS), field
     assert fingerprint([RECORDS[:2]]) != fingerprint([RECORDS[1:]])
-
-
-def test_results_are_not_overwritten(demo_checkpoint, copy):
-    """A new run is refused beside another's results, and replaces them where it is told to."""
-    with pytest.raises(RunError, match="holds checkpoint-2 of another run.*overwrite_output_dir"):
-        find_checkpoint(arguments(demo_checkpoint, copy), {})
-    (copy / "notes.txt").write_text("mine")
-    assert find_checkpoint(arguments(demo_checkpoint, copy, "--overwrite_output_dir"), {}) is None
-    assert checkpoints(copy) == [] and (copy / "notes.txt").exists()
-    (copy / "eval_before.json").write_text("{}")
-    with pytest.raises(RunError, match="holds eval_before.json"):
-        find_checkpoint(arguments(demo_checkpoint, copy, "--eval_only"), {})
-
-
-def test_files_are_whole_or_absent(tmp_path):
-    """An error on the way leaves the old files and nothing else."""
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    with pytest.raises(OSError, match="full"), finished_files(tmp_path) as folder:
-        (folder / "b").write_text("half")
-        raise OSError("full")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
-    with finished_files(tmp_path) as folder:
-        (folder / "b").mkdir()
-        (folder / "b" / "c").write_text("whole")
-    assert (tmp_path / "b" / "c").read_text() == "whole" and not folder.exists()
-
-
-def test_no_room_is_found_at_the_start(tmp_path, monkeypatch):
-    """What is free is held against weights and checkpoints: an existing folder is not needed."""
-    model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB, and 8 MB of moments
-    usage = SimpleNamespace(free=4_000_000)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    folder = tmp_path / "a" / "b"
-    check_free_space(folder, model, with_checkpoints=False, keep=2)
-    usage.free = 4_000_000 + 3 * 12_000_000
-    check_free_space(folder, model, with_checkpoints=True, keep=2)
-    usage.free -= 1
-    with pytest.raises(RunError, match=r"will write up to 0.0 GB, .* lower --save_total_limit"):
-        check_free_space(folder, model, with_checkpoints=True, keep=2)
 
 
 def test_a_checkpoint_that_is_overwritten_stops_counting(run, copy, demo_checkpoint, monkeypatch):
@@ -249,51 +205,71 @@ def test_no_code_of_an_optimizer_state_runs(tmp_path):
 # ---------------------------------------------------------------- failures
 
 
-def test_full_disk_is_named(tmp_path):
+def test_full_disk_is_named():
     """A full disk, in whatever words a library says it, names the path and the way on."""
-    args = SimpleNamespace(output_dir=str(tmp_path))
     full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
-    assert "cannot write /data/x: the disk is full" in explanation(args, full)
+    assert "cannot write /data/x: the disk is full" in explanation(full)
     copied = OSError(errno.ENOSPC, "No space left on device", "/code/a.py", None, "/data/a.py")
-    assert "cannot write /data/a.py" in explanation(args, copied)
+    assert "cannot write /data/a.py" in explanation(copied)
     said = RuntimeError("I/O error: No space left on device (os error 28)")
-    assert f"cannot write {tmp_path}: the disk is full" in explanation(args, said)
+    assert "cannot write --output_dir: the disk is full" in explanation(said)
     half = "[enforce fail at inline_container.cc:603] . unexpected pos 1024 vs 918"
-    assert "the disk is full" in explanation(args, RuntimeError(half))
-    assert explanation(args, OSError(errno.ENOENT, "no such file")) is None
-    assert explanation(args, RuntimeError("something else")) is None
+    assert "the disk is full" in explanation(RuntimeError(half))
+    assert explanation(OSError(errno.ENOENT, "no such file")) is None
+    assert explanation(RuntimeError("something else")) is None
 
 
 def test_a_lost_rank_points_to_its_own_message():
     """The ranks that wait for one that died do not bury its message under tracebacks."""
     lost = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:9938.")
-    assert "another rank is gone" in explanation(SimpleNamespace(output_dir="."), lost)
+    assert "another rank is gone" in explanation(lost)
 
 
 def test_out_of_memory_says_what_to_lower():
-    text = explanation(SimpleNamespace(output_dir="."), torch.OutOfMemoryError("CUDA"))
+    text = explanation(torch.OutOfMemoryError("CUDA"))
     assert (
         text.index("--batch_size_per_gpu") < text.index("--num_crops") < text.index("--use_qlora")
     )
 
 
+def poisoned_trainer(demo_checkpoint, folder, *steps: int, fp16: bool = False):
+    """A trainer whose loss is NaN at some steps, of one sample each."""
+    args = arguments(demo_checkpoint, folder, "--batch_size", "1", "--num_train_epochs", "10")
+    records = [{**one, "id": f"sample-{i}"} for i, one in enumerate(RECORDS)]
+    trainer = make_trainer(args, records, [LossWatch()])
+    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
+    trainer.args.fp16 = fp16  # what LossWatch looks at; a CPU computes in float32 all the same
+    forward, calls = trainer.model.forward, []
+
+    def poison(**inputs):
+        calls.append(1)
+        output = forward(**inputs)
+        if len(calls) in steps:
+            output.loss = output.loss * float("nan")
+        return output
+
+    trainer.model.forward = poison
+    # GradScaler skips the update of such a step.
+    trainer.create_optimizer()
+    update = trainer.optimizer.step
+    trainer.optimizer.step = lambda *args: None if len(calls) in steps else update(*args)
+    return trainer
+
+
 def test_a_loss_that_is_not_finite(demo_checkpoint, tmp_path):
     """The run ends at that step, and names the samples of its batch."""
-    args = arguments(demo_checkpoint, tmp_path, "--batch_size", "1")
-    records = [{**one, "id": f"sample-{i}"} for i, one in enumerate(RECORDS)]
-    trainer = make_trainer(args, records)
-    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
-    trainer.add_callback(LossWatch())
-    seen = []
-
-    def poison(module, inputs, named_inputs):
-        seen.append(1)
-        if len(seen) == 2:
-            with torch.no_grad():
-                module.lm_head.weight.fill_(float("nan"))
-
-    trainer.model.register_forward_pre_hook(poison, with_kwargs=True)
+    trainer = poisoned_trainer(demo_checkpoint, tmp_path, 2)
     with pytest.raises(RunError, match=r"the loss of step 2 is nan, in the batch of 'sample-\d'"):
+        trainer.train()
+
+
+def test_overflows_of_fp16_are_skipped(demo_checkpoint, tmp_path):
+    """One lowers the loss scale, and training goes on; ten in a row end it."""
+    trainer = poisoned_trainer(demo_checkpoint, tmp_path, 2, *range(4, 13), fp16=True)
+    trainer.train()
+    assert trainer.state.global_step == 30
+    trainer = poisoned_trainer(demo_checkpoint, tmp_path, *range(4, 14), fp16=True)
+    with pytest.raises(RunError, match="the loss of step 13 is nan"):
         trainer.train()
 
 
@@ -304,7 +280,7 @@ def test_loss_scale_at_its_minimum():
         LossWatch().on_log(None, None, None, optimizer=optimizer)
     optimizer.scaler.get_scale = lambda: 1024.0
     LossWatch().on_log(None, None, None, optimizer=optimizer)
-    text = explanation(None, Exception("Current loss scale already at minimum - cannot decrease"))
+    text = explanation(Exception("Current loss scale already at minimum - cannot decrease"))
     assert "fp16 overflows" in text
 
 

@@ -6,24 +6,27 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, apply_rotary_pos_emb
 
 from conftest import GOLDEN, REPO
 from golden_util import make_image
 from phi3v import Phi3VConfig
-from phi3v.arguments import make_parser, parse_arguments
+from phi3v.arguments import RANGES, make_parser, parse_arguments
 from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
 from phi3v.failures import RunError
 from phi3v.metrics import accuracy
 from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
+    finish_run,
     load_model,
     load_processor,
     lora_config,
@@ -48,7 +51,9 @@ def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
     )
 
 
-def make_trainer(args: argparse.Namespace, records: list[dict] = RECORDS) -> Trainer:
+def make_trainer(
+    args: argparse.Namespace, records: list[dict] = RECORDS, callbacks: Sequence = ()
+) -> Trainer:
     training_args = make_training_arguments(args)
     training_args.logging_steps = 1
     training_args.warmup_steps = 0
@@ -58,7 +63,7 @@ def make_trainer(args: argparse.Namespace, records: list[dict] = RECORDS) -> Tra
         args=training_args,
         data_collator=TrainingCollator(load_processor(args)),
         train_dataset=records,
-        callbacks=[throughput],
+        callbacks=[throughput, *callbacks],
     )
     throughput.time_batches(trainer)
     return trainer
@@ -206,6 +211,7 @@ def test_merged_model_is_the_adapted_one(demo_checkpoint, tmp_path, flag):
     trainer, processor = make_trainer(args), load_processor(args)
     trainer.train()
     save_model(trainer, processor, args)
+    finish_run(args)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -239,6 +245,18 @@ def test_learning_rates_of_their_own(demo_checkpoint, tmp_path):
         assert rate == (1e-6 if "img_processor" in name else 1e-5 if is_vision(name) else 4e-5)
     trainer.train()
     assert set(by_name("initial_lr").values()) == {1e-6, 1e-5, 4e-5}, "training kept the groups"
+
+
+def test_a_learning_rate_of_zero_is_zero(demo_checkpoint, tmp_path):
+    """And not that of the rest: the vision tower stays as it is, all else learns."""
+    args = arguments(demo_checkpoint, tmp_path, "--vision_learning_rate", "0", "--wd", "0.1")
+    trainer = make_trainer(args)
+    set_learning_rates(trainer, args)
+    before = snapshot(trainer.model)
+    trainer.train()
+    for name, tensor in trainer.model.named_parameters():
+        still = not tensor.requires_grad or "img_processor" in name
+        assert torch.equal(tensor, before[name]) == still, name
 
 
 def test_adapters_start_the_same_in_every_run(demo_checkpoint, tmp_path):
@@ -429,7 +447,7 @@ def test_evaluation_file(demo_checkpoint, tmp_path):
     assert result["answers_unique"] == answers * 2
     assert len(result["generated_texts_unique"]) == 6
     assert result["generated_texts_unique"][:3] == result["generated_texts_unique"][3:]
-    assert [path.name for path in tmp_path.iterdir()] == ["eval_before.json"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["eval_before.json"]
 
 
 def test_batched_generation_is_generation_one_by_one(demo_checkpoint, tmp_path):
@@ -544,6 +562,19 @@ def test_implied_flags(monkeypatch):
             "--vision_learning_rate has nothing to train",
         ),
         (["--num_train_epochs", "0"], "--num_train_epochs must be above 0"),
+        (["--use_lora", "--merge_lora", "--eval_only"], "has nothing to merge under --eval_only"),
+        *(
+            ([f"--{flag}={value}"], f"--{flag} must be a finite number, not {value}")
+            for flag in ("wd", "learning_rate", "vision_learning_rate", "lora_dropout")
+            for value in ("nan", "inf", "-inf")
+        ),
+        *(
+            ([f"--{flag}", "-1"], f"--{flag} must be ")
+            for flag in sorted(RANGES.keys() - {"num_eval_rows"})
+        ),
+        (["--lora_dropout", "1"], "--lora_dropout must be below 1"),
+        (["--learning_rate", "0"], "--learning_rate must be above 0"),
+        (["--eval_batch_size_per_gpu", "1" + "0" * 20], "--eval_batch_size_per_gpu must be"),
     ],
 )
 def test_refused_arguments(flags, message, capsys):
@@ -554,6 +585,41 @@ def test_refused_arguments(flags, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', not a number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
+        ({"WORLD_SIZE": "1.0"}, "WORLD_SIZE is '1.0', not a number"),
+        ({"WORLD_SIZE": "0"}, "has WORLD_SIZE 0"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "has WORLD_SIZE 2 and RANK 2"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT is 'x'"),
+    ],
+)
+def test_refused_environments(variables, message, capsys, monkeypatch):
+    """What torchrun sets is looked at where something else has set it."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(make_parser(""), [])
+    assert stopped.value.code == 2
+    if variables.get("RANK", "0") == "0":
+        assert message in capsys.readouterr().err
+
+
+def test_torchruns_summary_has_the_message(tmp_path, monkeypatch):
+    """A rank's reason is in torch elastic's error record, as text and not as a traceback."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse_arguments(make_parser(""), ["--num_crops", "17"])
+    failure = ProcessFailure(1, 0, 2, str(tmp_path / "error.json"))
+    assert str(ChildFailedError("recipe", {1: failure})).count("--num_crops must be 1 to 16") == 1
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--deepspeed", "no.json"], "no.json.*Give a DeepSpeed config, or `none`"),
@@ -561,11 +627,30 @@ def test_refused_arguments(flags, message, capsys):
         (["--use_qlora", "--deepspeed", "ds_configs/zero3.json"], "cannot shard 4-bit weights"),
         (["--use_lora", "--merge_lora", "--deepspeed", "ds_configs/zero3.json"], "no rank with"),
         (["--torch_compile", "--deepspeed", "ds_configs/zero3.json"], "Leave one of the two away"),
+        *(
+            (["--deepspeed", json.dumps(config)], message)
+            for config, message in (
+                (None, "Give a DeepSpeed config"),
+                ("text", "Give a DeepSpeed config"),
+                ([1], "Give a DeepSpeed config"),
+                ({"zero_optimization": {"stage": 7}}, "stage.*Give a DeepSpeed config"),
+                ({"zero_optimization": {"stage": "two"}}, "stage.*Give a DeepSpeed config"),
+                ({"zero_optimization": {"stages": 2}}, "stages.*Give a DeepSpeed config"),
+                ({"zero_optimization": []}, "Give a DeepSpeed config"),
+                ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size"),
+                ({"fp16": {"enabled": True}}, "fp16 is decided by the recipe's flags"),
+                ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu is dec"),
+            )
+        ),
     ],
 )
-def test_refused_deepspeed_configs(flags, message, monkeypatch):
+def test_refused_deepspeed_configs(flags, message, monkeypatch, tmp_path):
     """A config that is none, or that a flag contradicts, ends the run before anything starts."""
     monkeypatch.chdir(REPO)
+    [*others, config] = flags
+    if not config.endswith((".json", ".md")):
+        (tmp_path / "config.json").write_text(config)
+        flags = [*others, str(tmp_path / "config.json")]
     args = parse_arguments(make_parser(""), flags)
     with pytest.raises(RunError, match=message):
         make_training_arguments(args)
@@ -608,7 +693,7 @@ kept = dist.group.WORLD  # as DDP keeps it
 for task in Path("/proc/self/task").iterdir():
     if "gloo_runloop" in (task / "comm").read_text():
         os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
-explain_failures(None)
+explain_failures()
 
 
 def collect():

@@ -1,0 +1,261 @@
+"""
+The output folder: files that are whole or not there, and the record of what our runs wrote.
+
+The record, `.phi3v/run.json`, has the settings of the folder's run, whether it is finished, and the
+names of its files and checkpoints. Only what it names is ever removed. A file of another origin
+whose name a run needs is kept beside it as `<name>.bak`.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .failures import RunError
+
+COMPLETE = "complete.json"
+OWN = ".phi3v"
+# What shows that a folder holds the results of a run, ours or another.
+RESULTS = ("eval_before.json", "eval_after.json", "eval_step_*.json", "*.safetensors")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Seconds. Loader workers of a killed run hold its lock until they notice, after 5 at most.
+PATIENCE = 8.0
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# safetensors creates files that the owner alone can read, whatever the umask says (0.8).
+MODE = 0o666 & ~_umask()
+
+# Held until the process ends. One that runs twice in a folder has its lock already.
+_locks: dict[str, FileLock] = {}
+
+
+class OutputFolder:
+    """The folder of `--output_dir`. Only the first rank writes through it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.record_path = self.path / OWN / "run.json"
+
+    # ---- The record ----
+
+    @property
+    def record(self) -> dict:
+        """`settings`, `finished`, `files` and `checkpoints`; empty where there is no record."""
+        empty = {"settings": None, "finished": False, "files": [], "checkpoints": []}
+        try:
+            record = json.loads(self.record_path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return empty
+        names_are_ours = (
+            isinstance(record, dict)
+            and record.keys() == empty.keys()
+            and all(isinstance(name, str) for name in record["files"])
+            and all(CHECKPOINT.fullmatch(name) for name in record["checkpoints"])
+        )
+        return record if names_are_ours else empty
+
+    def update(self, **changes: object) -> None:
+        """Change fields of the record."""
+        self.record_path.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(self.record_path, self.record | changes)
+
+    def add(self, field: str, name: str) -> None:
+        """Add a name to the record's `files` or `checkpoints`."""
+        names = self.record[field]
+        if name not in names:
+            self.update(**{field: [*names, name]})
+
+    def lock(self) -> None:
+        """
+        Keep other runs out of the folder until this process ends.
+
+        Raises:
+            RunError: another run has it, or the folder cannot be written to.
+        """
+        try:
+            (self.path / OWN).mkdir(parents=True, exist_ok=True)
+            key = str(self.path.resolve())
+        except OSError as error:
+            raise RunError(
+                f"--output_dir {self.path} cannot be written to: {error.strerror}. Choose another "
+                "folder."
+            ) from None
+        if key in _locks:
+            return
+        lock = FileLock(self.path / OWN / "lock", timeout=PATIENCE, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"--output_dir {self.path}: another run is writing to it. Wait for its end, or "
+                "choose another folder."
+            ) from None
+        except (OSError, NotImplementedError):
+            return  # this file system has no locks
+        _locks[key] = lock
+
+    # ---- What is in it ----
+
+    def checkpoints(self) -> list[Path]:
+        """All checkpoint folders, complete or not, the oldest step first."""
+        found = [path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name)[1]))
+
+    def was_interrupted(self, checkpoint: Path) -> bool:
+        """Whether a run of ours was stopped while it wrote this checkpoint."""
+        return (
+            checkpoint.name in self.record["checkpoints"] and not (checkpoint / COMPLETE).exists()
+        )
+
+    def results(self) -> list[Path]:
+        """What there is of a run, ours or another."""
+        found = [path for pattern in RESULTS for path in sorted(self.path.glob(pattern))]
+        return found + self.checkpoints()
+
+    def size(self) -> int:
+        """Bytes of what `remove_run` would remove."""
+        record = self.record
+        names = [*record["files"]]
+        for checkpoint in record["checkpoints"]:
+            listed = complete_files(self.path / checkpoint) or {}
+            names += [f"{checkpoint}/{name}" for name in listed]
+        paths = [self.path / name for name in names]
+        return sum(path.stat().st_size for path in paths if path.is_file())
+
+    # ---- Writing and removing ----
+
+    def write_json(self, name: str, content: dict) -> None:
+        """Write a result, in one step for whoever reads it."""
+        self._make_way(name)
+        _write_json(self.path / name, content)
+
+    @contextmanager
+    def finished_files(self, subfolder: str = ".") -> Iterator[Path]:
+        """A folder to write files into, which get to `subfolder` once all of them are written."""
+        unfinished = self.path / OWN / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            for path in sorted(unfinished.rglob("*")):
+                if path.is_file():
+                    name = os.path.normpath(Path(subfolder, path.relative_to(unfinished)))
+                    self._make_way(name)
+                    path.chmod(MODE)
+                    os.replace(path, self.path / name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _make_way(self, name: str) -> None:
+        """Note a file as ours before it is written. One of another origin is kept as .bak."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name not in self.record["files"]:
+            _set_aside(target)
+            self.add("files", name)
+
+    def begin_checkpoint(self, name: str) -> Path:
+        """
+        The folder of a checkpoint, about to be written.
+
+        Until `complete.json` is in it, it does not count. One of this step may be there, of a run
+        that was resumed from an earlier one.
+        """
+        checkpoint = self.path / name
+        if name in self.record["checkpoints"]:
+            self.remove_checkpoint(name)
+        else:
+            _set_aside(checkpoint)
+        self.add("checkpoints", name)
+        return checkpoint
+
+    def complete_checkpoint(self, checkpoint: Path, content: dict) -> None:
+        """Make a checkpoint count, whose `files` are all written."""
+        _write_json(checkpoint / COMPLETE, content)
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Remove a checkpoint of ours: the files that it lists; of a half-written one, all."""
+        checkpoint = self.path / name
+        files = complete_files(checkpoint)
+        if files is None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        else:
+            # First what makes it count: a half-deleted checkpoint is an incomplete one.
+            (checkpoint / COMPLETE).unlink()
+            _remove_files(checkpoint, files)
+        self.update(checkpoints=[other for other in self.record["checkpoints"] if other != name])
+
+    def remove_run(self) -> None:
+        """Remove what the record names, and the record."""
+        record = self.record
+        for name in record["checkpoints"]:
+            self.remove_checkpoint(name)
+        _remove_files(self.path, record["files"])
+        self.record_path.unlink(missing_ok=True)
+
+
+def complete_files(checkpoint: Path) -> dict[str, int] | None:
+    """Size in bytes by name of a checkpoint's files; None where its list is not there or broken."""
+    try:
+        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return files if isinstance(files, dict) else None
+
+
+def incompleteness(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be loaded; None if it is whole."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    files = complete_files(checkpoint)
+    if files is None:
+        return f"it is not complete (no whole {COMPLETE} in it)"
+    for name, size in files.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or does not have its {size} bytes"
+    return None
+
+
+def _write_json(path: Path, content: dict) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Keep what somebody else wrote under another name."""
+    if not path.exists() and not path.is_symlink():
+        return
+    names = (path.with_name(f"{path.name}.bak{number or ''}") for number in range(1000))
+    kept = next(name for name in names if not name.exists())
+    os.rename(path, kept)
+    print(f"{path} was not written by a run of this recipe; it is kept as {kept.name}", flush=True)
+
+
+def _remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and the folders that are empty then. A name that leads elsewhere is left."""
+    inside = folder.resolve()
+    for name in names:
+        path = folder / name
+        if not path.parent.resolve().is_relative_to(inside):
+            continue
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            path.unlink()
+        with suppress(OSError):  # something else is in it
+            for parent in path.relative_to(folder).parents:
+                (folder / parent).rmdir()
