@@ -119,6 +119,9 @@ class Launcher:
     def __init__(self):
         self._parent: subprocess.Popen | None = None
         self._folder = tempfile.TemporaryDirectory()
+        self._said = Path(self._folder.name) / "parent.txt"
+        cache = {"HF_DATASETS_CACHE": str(Path(self._folder.name) / "cache")}
+        self._environment = {**ENVIRONMENT, **cache}
         self._running: list[Process] = []
 
     def start(
@@ -142,7 +145,7 @@ class Launcher:
         os.close(number)
         request = {
             "words": [str(word) for word in words],
-            "env": {**os.environ, **ENVIRONMENT, **(env or {})},
+            "env": {**os.environ, **self._environment, **(env or {})},
             "cwd": str(cwd or Path.cwd()),
             "file_size": file_size,
             "output": output,
@@ -150,7 +153,7 @@ class Launcher:
         socket.send_fds(self._control, [json.dumps(request).encode()], [theirs.fileno()])
         theirs.close()
         pid = ours.recv(16)
-        assert pid, f"the launcher has ended with status {self._parent.wait(60)}"
+        assert pid, self._said.read_text()
         process = Process(int(pid), Path(output), ours)
         self._running = [p for p in self._running if p.returncode is None] + [process]
         return process
@@ -178,14 +181,16 @@ class Launcher:
 
     def _start_parent(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self._parent = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
-            env={**os.environ, **ENVIRONMENT},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
+        with theirs, self._said.open("w") as said:
+            self._parent = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                env={**os.environ, **self._environment},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,  # Ctrl-C is for the tests, which then end it
+            )
 
 
 def torchrun(processes: int, *words: object, restarts: int = 0) -> tuple[object, ...]:
