@@ -5,6 +5,8 @@ anywhere.
 
 import json
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +18,13 @@ from transformers import AutoProcessor
 import phi3v  # noqa: F401  registers the classes
 from demo.make_checkpoint import write_checkpoint
 from golden_util import WTE_ALIAS, official_weights
+from helpers.launcher import Launcher
+
+# The tests run on every core, and threads of one would wait for those of another.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 REPO = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    """The golden numbers were computed with two threads; other counts add up in another order."""
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,27 @@ def no_process_group_is_left():
     if dist.is_initialized():
         dist.destroy_process_group()
         pytest.fail("the test left a process group behind")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of what is random; otherwise another in every run")
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """Drawn where --seed gives none. A failed test prints it."""
+    given = request.config.getoption("--seed")
+    seed = random.SystemRandom().randrange(10**6) if given is None else given
+    print(f"repeat this with --seed {seed}")
+    return seed
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts Python programs in processes of their own, without waiting for imports."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from helpers.records import RECORDS
+from helpers.trainers import arguments, make_trainer
 from phi3v.checkpoints import (
     CheckpointCallback,
     find_checkpoint,
@@ -32,8 +34,6 @@ from phi3v.training import (
     load_processor,
     make_training_arguments,
 )
-from test_collators import RECORDS
-from test_training import arguments, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

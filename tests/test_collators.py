@@ -4,38 +4,15 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoProcessor
 
 from conftest import GOLDEN
 from golden_util import make_image, unrle
+from helpers.records import RECORDS, image, record, turn
 from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.modeling_phi3_v import join_crops
 
 FORWARD = json.loads((GOLDEN / "forward.json").read_text())["cases"]
-
-
-def turn(user: str, assistant: str, *images) -> dict:
-    return {"images": list(images), "user": user, "assistant": assistant}
-
-
-def record(*turns: dict) -> dict:
-    return {"id": "x", "source": "test", "conversations": list(turns)}
-
-
-def image(size=(64, 48), color="red") -> Image.Image:
-    return Image.new("RGB", size, color)
-
-
-RECORDS = [
-    record(turn("What?", "DigitOne", image(), image())),
-    record(turn("Hello", "A longer answer. It has two sentences.")),
-    record(
-        turn("Look", "Seen", image()),
-        turn("And?", "No image"),
-        turn("This?", "Yes", image(), image()),
-    ),
-]
 
 
 def answers(processor, batch: dict) -> list[list[str]]:

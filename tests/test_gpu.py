@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
+from helpers.recipes import recipe, run
+from helpers.records import MORE
 from phi3v.collators import TrainingCollator
 from small_datasets import cauldron_row, write_parquet
-from test_packing import MORE
-from test_recipes import recipe, run
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import plain_flash_attention
 from conftest import GOLDEN
-from golden_util import make_image, unrle
+from golden_util import make_image
+from helpers.forward_cases import CASES, WITH_LOSS, case_inputs, check_outputs, rows
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
 from phi3v.modeling_phi3_v import assign_images, token_order
 
@@ -30,26 +31,6 @@ def load(folder, **kwargs) -> Phi3VForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
 
 
-def rows(coded: list) -> torch.Tensor:
-    return torch.tensor([unrle(row) for row in coded])
-
-
-def case_inputs(case: dict, key: str = "input_ids_rle") -> dict:
-    """The inputs of a golden case, with the official negative placeholder ids."""
-    inputs = {"input_ids": rows(case.get("generate", {}).get(key) or case[key])}
-    specs = case.get("images") or [
-        spec for row in case.get("conversations", []) for turn in row for spec in turn[1]
-    ]
-    if specs:
-        processor = Phi3VImageProcessor(num_crops=case["num_crops"])
-        images = processor([make_image(spec) for spec in specs], return_tensors="pt")
-        del images["num_img_tokens"]
-        inputs.update(images)
-    if case.get("attention_mask_rle"):
-        inputs["attention_mask"] = rows(case["attention_mask_rle"]).bool()
-    return inputs
-
-
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(request, tiny_checkpoint):
     return load(tiny_checkpoint, attn_implementation=request.param)
@@ -63,8 +44,6 @@ def flash_model(tiny_checkpoint):
         yield load(tiny_checkpoint, attn_implementation="flash_attention_2")
 
 
-CASES = list(json.loads((GOLDEN / "forward.json").read_text())["cases"])
-WITH_LOSS = [name for name in CASES if not name.startswith(("batch2", "generate"))]
 GENERATED = [name for name in CASES if not name.startswith(("multi_turn", "text_4"))]
 
 
@@ -95,23 +74,6 @@ def test_logits_with_flash_attention(flash_model, forward_cases, name):
     """What flash attention is called with gives the official numbers, padded batches included."""
     case = forward_cases[name]
     check_outputs(flash_model, case_inputs(case), case, name)
-
-
-def check_outputs(model: Phi3VForCausalLM, inputs: dict, case: dict, name: str) -> None:
-    """Hidden states and logits of a golden case, at its sampled positions."""
-    arrays = np.load(GOLDEN / "forward.npz")
-    with torch.no_grad():
-        outputs = model(**inputs, output_hidden_states=True)
-    positions = torch.from_numpy(arrays[f"{name}.pos"]).long()
-    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, positions].bool()
-    logits = outputs.logits[:, positions]
-    for ours, golden in [
-        (logits[..., torch.from_numpy(arrays["cols"]).long()], arrays[f"{name}.logits_cols"]),
-        (outputs.hidden_states[-1][:, positions], arrays[f"{name}.hidden"]),
-        (logits.double().logsumexp(-1), arrays[f"{name}.logsumexp"]),
-    ]:
-        torch.testing.assert_close(ours[real], torch.from_numpy(golden)[real], rtol=0, atol=1e-3)
-    assert outputs.logits.shape == (case["batch"], case["seq_len"], 32064)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])

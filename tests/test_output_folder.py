@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.records import RECORDS
+from helpers.trainers import arguments, make_trainer
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.checkpoints import CheckpointCallback, bytes_to_write, find_checkpoint, run_settings
 from phi3v.failures import RunError
 from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
 from phi3v.training import finish_run, load_processor, save_model
-from test_collators import RECORDS
-from test_training import arguments, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -8,19 +8,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 import plain_flash_attention
+from helpers.records import MORE
+from helpers.trainers import arguments, make_trainer
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError
 from phi3v.packing import count_tokens, fit_lengths, pack
 from phi3v.training import load_processor, save_model
-from test_collators import RECORDS, image, record, turn
-from test_training import arguments, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-MORE = [
-    *RECORDS,
-    record(turn("A wide one", "Yes", image((300, 40)))),
-    record(turn("x", "y")),
-]
 
 
 def test_counted_tokens_are_those_of_the_batch(demo_processor):

@@ -1,7 +1,6 @@
 """The recipes on small local datasets in every layout that they read, started in this process."""
 
 import csv
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+from helpers.recipes import recipe, run
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError, load_images
 from phi3v.evaluation import Result
@@ -27,29 +27,6 @@ def own_cache(tmp_path, monkeypatch):
 def given(**values: object) -> SimpleNamespace:
     """Parsed arguments, as far as a function looks at them."""
     return SimpleNamespace(skip_bad_samples=False, **values)
-
-
-def recipe(name: str):
-    return importlib.import_module(f"finetune_hf_trainer_{name}")
-
-
-def run(name: str, checkpoint: Path, tmp_path: Path, monkeypatch, *flags: object) -> list[dict]:
-    """Run a recipe's main() and return its two evaluations."""
-    output_dir = tmp_path / "output"
-    argv = [
-        f"finetune_hf_trainer_{name}.py",
-        f"--model_name_or_path={checkpoint}",
-        f"--output_dir={output_dir}",
-        *("--batch_size", "2", "--num_crops", "2", "--no-tqdm", "--deepspeed", "none"),
-        *("--max_new_tokens", "3"),
-        *map(str, flags),
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
-    recipe(name).main()
-    assert (output_dir / "model.safetensors").is_file()
-    return [
-        json.loads((output_dir / f"eval_{when}.json").read_text()) for when in ("before", "after")
-    ]
 
 
 # ---------------------------------------------------------------- DocVQA

@@ -1,26 +1,22 @@
 """Runs that are killed and resumed, as real processes."""
 
 import json
-import os
 import random
-import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import REPO
-from phi3v.checkpoints import COMPLETE, STOPPED, checkpoints, incompleteness
+from helpers.launcher import Launcher, Process, torchrun
+from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
+from phi3v.stopping import STOPPED
 from small_datasets import write_videos
 
-pytestmark = pytest.mark.slow
-SCRIPT = str(REPO / "finetune_hf_trainer_ucf101.py")
+SCRIPT = REPO / "finetune_hf_trainer_ucf101.py"
 LORA = ("--use_lora", "--lora_rank", "2", "--lora_dropout", "0.1")
 
 
@@ -31,50 +27,31 @@ def data_dir(tmp_path_factory) -> Path:
     return write_videos(folder, "val", 2)
 
 
-def ranks(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that torchrun has started. They are in sessions of their own."""
-    return psutil.Process(process.pid).children()
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to a run and all its ranks."""
-    victims = [*psutil.Process(process.pid).children(recursive=True), process]
-    for victim in victims:
-        victim.kill()
-    process.communicate(timeout=30)
+def checkpoints_of(folder: Path) -> list[Path]:
+    return OutputFolder(folder).checkpoints()
 
 
 class Runs:
     """The recipe's command line, over and over: two epochs of 4 steps, a checkpoint every other."""
 
-    def __init__(self, data_dir: Path, checkpoint: Path, folder: Path):
+    def __init__(self, launcher: Launcher, data_dir: Path, checkpoint: Path, folder: Path):
+        self.launcher = launcher
         self.folder = folder
         self.command = [
-            *(SCRIPT, "--data_dir", str(data_dir), "--model_name_or_path", str(checkpoint)),
+            *(SCRIPT, "--data_dir", data_dir, "--model_name_or_path", checkpoint),
             *("--num_crops", "1", "--batch_size", "4", "--num_train_epochs", "2", "--no-tqdm"),
             *("--learning_rate", "1e-2", "--max_new_tokens", "2", "--save_steps", "2"),
         ]
 
-    def start(
-        self, name: str, processes: int, *flags: str, restarts: int = 0, **options
-    ) -> subprocess.Popen:
-        launcher = [sys.executable]
+    def start(self, name: str, processes: int, *flags: str, restarts: int = 0, **options: object):
+        command = [*self.command, "--output_dir", self.folder / name, *flags]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += [f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
-        cache = {"HF_DATASETS_CACHE": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            [*launcher, *self.command, "--output_dir", str(self.folder / name), *flags],
-            env={**os.environ, **cache, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **options,
-        )
+            command = torchrun(processes, *command, restarts=restarts)
+        return self.launcher.start(*command, **options)
 
     def finish(self, name: str, processes: int, *flags: str, status: int = 0) -> str:
         process = self.start(name, processes, *flags)
-        output = process.communicate(timeout=300)[0]
+        output = process.finish()
         assert process.returncode == status, output
         return output
 
@@ -82,14 +59,20 @@ class Runs:
         """SIGKILL to all processes of a run as soon as a checkpoint of this step appears."""
         process = self.start(name, processes, *flags)
         self.wait_for(name, step, process)
-        kill(process)
+        process.kill()
         assert not (self.folder / name / "eval_after.json").exists()
 
-    def wait_for(self, name: str, step: int, process: subprocess.Popen) -> None:
+    def wait_for(self, name: str, step: int, process: Process) -> None:
         """Until the folder of a checkpoint of this step appears."""
-        while process.poll() is None and not (self.folder / name / f"checkpoint-{step}").exists():
+        while not (self.folder / name / f"checkpoint-{step}").exists():
+            assert process.poll() is None, process.text()
             time.sleep(0.002)
-        assert process.poll() is None, process.communicate()[0]
+
+    def wait_for_a_whole_one(self, name: str, process: Process) -> None:
+        """Until there is a checkpoint that a run can go on from."""
+        while all(map(incompleteness, checkpoints_of(self.folder / name))):
+            assert process.poll() is None, process.text()
+            time.sleep(0.01)
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         [file] = (self.folder / name).glob("*model.safetensors")
@@ -108,8 +91,8 @@ class Runs:
 
 
 @pytest.fixture
-def runs(data_dir, demo_checkpoint, tmp_path) -> Runs:
-    return Runs(data_dir, demo_checkpoint, tmp_path)
+def runs(launcher, data_dir, demo_checkpoint, tmp_path) -> Runs:
+    return Runs(launcher, data_dir, demo_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -135,31 +118,31 @@ def test_killed_and_resumed_is_never_interrupted(runs, processes, kills, flags):
     output = runs.finish("killed", processes, *flags, "--resume_from_checkpoint")
     assert "Resuming from" in output
     runs.assert_same("whole", "killed")
-    kept = checkpoints(runs.folder / "killed")
+    kept = checkpoints_of(runs.folder / "killed")
     assert [path.name for path in kept] == ["checkpoint-6", "checkpoint-8"]
     assert not any(map(incompleteness, kept))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", ["all", "one rank"])
-def test_killed_at_any_moment(runs, victim):
+def test_killed_at_any_moment(runs, victim, seed):
     """
     Killed at random: in a step, in an evaluation, while saving. What is left lets the same command
     go on, to where the run without interruption ends.
     """
     flags = ("--save_steps", "1", "--eval_steps", "2", "--num_train_epochs", "5")
     runs.finish("whole", 2, *flags)
-    seed = random.SystemRandom().randrange(1000)
-    print("seed", seed)
     moments = random.Random(seed)
     for step in (moments.randrange(1, 6), moments.randrange(8, 13)):
         process = runs.start("killed", 2, *flags, "--resume_from_checkpoint")
         runs.wait_for("killed", step, process)
         time.sleep(moments.uniform(0, 0.4))
         if victim == "all":
-            kill(process)
+            process.kill()
         else:
-            moments.choice(ranks(process)).kill()
-            assert process.wait(timeout=120) != 0
+            moments.choice(process.children()).kill()
+            process.finish()
+            assert process.returncode == 1, process.text()
         assert not (runs.folder / "killed" / "eval_after.json").exists()
     runs.finish("killed", 2, *flags, "--resume_from_checkpoint")
     runs.assert_same("whole", "killed")
@@ -176,21 +159,14 @@ def test_full_disk(runs):
     weights = runs.folder / "full" / "checkpoint-2" / "model.safetensors"
     # Room for the weights, but not for the optimizer's state, which is twice as large.
     limit = int(1.5 * weights.stat().st_size)
-    process = runs.start(
-        *("full", 1, *flags, "--resume_from_checkpoint"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    output = process.communicate(timeout=300)[0]
+    process = runs.start("full", 1, *flags, "--resume_from_checkpoint", file_size=limit)
+    output = process.finish()
     assert process.returncode == 1, output
     assert "error: cannot write" in output and "Traceback" not in output, output
-    kept = [path.name for path in checkpoints(runs.folder / "full") if not incompleteness(path)]
+    kept = [path.name for path in checkpoints_of(runs.folder / "full") if not incompleteness(path)]
     assert kept == ["checkpoint-2"]
     runs.finish("full", 1, *flags, "--resume_from_checkpoint")
     runs.assert_same("whole", "full")
-
-
-def complete_checkpoint(folder: Path) -> bool:
-    return any(incompleteness(path) is None for path in checkpoints(folder))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
@@ -202,10 +178,9 @@ def test_torchrun_goes_on(runs, sent):
     flags = ("--deepspeed", "none", "--num_train_epochs", "6")
     runs.finish("whole", 2, *flags)
     process = runs.start("stopped", 2, *flags, "--resume_from_checkpoint", restarts=1)
-    while process.poll() is None and not complete_checkpoint(runs.folder / "stopped"):
-        time.sleep(0.01)
-    ranks(process)[-1].send_signal(sent)
-    output = process.communicate(timeout=300)[0]
+    runs.wait_for_a_whole_one("stopped", process)
+    process.children()[-1].send_signal(sent)
+    output = process.finish()
     assert process.returncode == 0, output
     assert ("Stopped by SIGTERM after step" in output) == (sent == signal.SIGTERM)
     assert "Resuming from" in output
@@ -215,12 +190,11 @@ def test_torchrun_goes_on(runs, sent):
 def test_sigterm_exit_status(runs):
     """The exit status is the documented one, and what was saved counts."""
     process = runs.start("stopped", 1, "--deepspeed", "none", "--num_train_epochs", "60")
-    while process.poll() is None and not complete_checkpoint(runs.folder / "stopped"):
-        time.sleep(0.01)
-    process.terminate()
-    output = process.communicate(timeout=60)[0]
+    runs.wait_for_a_whole_one("stopped", process)
+    process.send_signal(signal.SIGTERM)
+    output = process.finish()
     assert process.returncode == STOPPED == 143, output
-    newest = checkpoints(runs.folder / "stopped")[-1]
+    newest = checkpoints_of(runs.folder / "stopped")[-1]
     assert incompleteness(newest) is None
     step = json.loads((newest / COMPLETE).read_text())["step"]
     assert f"Stopped by SIGTERM after step {step} of 240" in output

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.records import RECORDS
+from helpers.trainers import arguments, make_trainer
 from phi3v import stopping
 from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.evaluation import EvaluateEvery, evaluate
 from phi3v.output_folder import OutputFolder, incompleteness
 from phi3v.training import load_processor
-from test_collators import RECORDS
-from test_training import arguments, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -1,41 +1,26 @@
-"""Every recipe under every strategy: what is trained, on one process and on two."""
+"""Every recipe and every strategy: what is trained, on one process and on two."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from conftest import REPO
-from strategy_runs import RECIPES, STRATEGIES, write_datasets
-
-pytestmark = pytest.mark.slow
+from helpers.launcher import torchrun
+from strategy_runs import RUNS, write_datasets
 
 
 @pytest.fixture(scope="module")
-def runs(demo_checkpoint, tmp_path_factory) -> dict[int, dict[str, dict]]:
+def runs(launcher, demo_checkpoint, tmp_path_factory) -> dict[int, dict[str, dict]]:
     """Number of processes -> run -> what it trained. All runs of a number share its processes."""
     data = tmp_path_factory.mktemp("data")
     write_datasets(data)
     results = {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp("runs")
-        cache = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        result = subprocess.run(
-            [
-                *(sys.executable, *launcher, str(REPO / "tests" / "strategy_runs.py")),
-                *map(str, (demo_checkpoint, data, folder)),
-            ],
-            env={**os.environ, **cache, **cpu, "PYTHONPATH": str(REPO)},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+        script = (REPO / "tests" / "strategy_runs.py", demo_checkpoint, data, folder)
+        launcher.run(*torchrun(processes, *script), env={"PYTHONPATH": str(REPO)})
         results[processes] = json.loads((folder / "runs.json").read_text())
     return results
 
@@ -46,8 +31,7 @@ def tensor_names(checkpoint: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "strategy"), RUNS)
 def test_what_is_trained(runs, demo_checkpoint, recipe, strategy, processes):
     """
     Everything that the strategy trains has gradients, and nothing else changes.
@@ -71,8 +55,7 @@ def test_what_is_trained(runs, demo_checkpoint, recipe, strategy, processes):
     assert changed == names - same
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "strategy"), RUNS)
 def test_losses_do_not_depend_on_the_number_of_ranks(runs, recipe, strategy):
     """Two ranks go through the losses of one, at the same effective batch."""
     one, two = (runs[processes][f"{recipe} {strategy}"]["losses"] for processes in (1, 2))

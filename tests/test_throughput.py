@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from conftest import GOLDEN, REPO
+from helpers.records import RECORDS, image, record, turn
+from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
 from phi3v.collators import TrainingCollator
 from phi3v.failures import RunError
 from phi3v.throughput import COUNTED, ThroughputCallback, count_batch, peak_flops, training_flops
 from phi3v.training import load_processor, lora_config
-from test_collators import RECORDS, image, record, turn
-from test_training import arguments, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -18,13 +17,14 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, apply_rotar
 
 from conftest import GOLDEN, REPO
 from golden_util import make_image
+from helpers.records import RECORDS, image, record, turn
+from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
 from phi3v.arguments import RANGES, make_parser, parse_arguments
 from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
 from phi3v.failures import RunError
 from phi3v.metrics import accuracy
-from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
     finish_run,
     load_model,
@@ -34,39 +34,8 @@ from phi3v.training import (
     save_model,
     set_learning_rates,
 )
-from test_collators import RECORDS, image, record, turn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
-
-def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
-    return parse_arguments(
-        make_parser("test"),
-        [
-            f"--model_name_or_path={checkpoint}",
-            f"--output_dir={output_dir}",
-            *("--batch_size", "2", "--num_crops", "1", "--no-tqdm", "--deepspeed", "none"),
-            *flags,
-        ],
-    )
-
-
-def make_trainer(
-    args: argparse.Namespace, records: list[dict] = RECORDS, callbacks: Sequence = ()
-) -> Trainer:
-    training_args = make_training_arguments(args)
-    training_args.logging_steps = 1
-    training_args.warmup_steps = 0
-    throughput = ThroughputCallback()
-    trainer = Trainer(
-        model=load_model(args, training_args),
-        args=training_args,
-        data_collator=TrainingCollator(load_processor(args)),
-        train_dataset=records,
-        callbacks=[throughput, *callbacks],
-    )
-    throughput.time_batches(trainer)
-    return trainer
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,42 @@
+"""A Trainer of the tiny model, in the test's own process."""
+
+import argparse
+from collections.abc import Sequence
+
+from transformers import Trainer
+
+from helpers.records import RECORDS
+from phi3v.arguments import make_parser, parse_arguments
+from phi3v.collators import TrainingCollator
+from phi3v.throughput import ThroughputCallback
+from phi3v.training import load_model, load_processor, make_training_arguments
+
+
+def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
+    return parse_arguments(
+        make_parser("test"),
+        [
+            f"--model_name_or_path={checkpoint}",
+            f"--output_dir={output_dir}",
+            *("--batch_size", "2", "--num_crops", "1", "--no-tqdm", "--deepspeed", "none"),
+            *flags,
+        ],
+    )
+
+
+def make_trainer(
+    args: argparse.Namespace, records: list[dict] = RECORDS, callbacks: Sequence = ()
+) -> Trainer:
+    training_args = make_training_arguments(args)
+    training_args.logging_steps = 1
+    training_args.warmup_steps = 0
+    throughput = ThroughputCallback()
+    trainer = Trainer(
+        model=load_model(args, training_args),
+        args=training_args,
+        data_collator=TrainingCollator(load_processor(args)),
+        train_dataset=records,
+        callbacks=[throughput, *callbacks],
+    )
+    throughput.time_batches(trainer)
+    return trainer
