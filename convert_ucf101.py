@@ -773,7 +773,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_frames", type=number_up_to(MAX_FRAMES), default=8, help="a video (default: 8)")
     cpus = min(os.cpu_count(), MAX_WORKERS)
     add("--num_workers", type=number_up_to(MAX_WORKERS), default=cpus, help="default: all CPUs")
-    add("--max_video_gb", type=number_up_to(1024), default=4, help="larger ones fail (default: 4)")
+    add("--max_video_gb", type=number_up_to(1024), default=1, help="larger ones fail (default: 1)")
     add("--strict", action="store_true", help="stop at the first bad file")
     add("--no-tqdm", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
