@@ -111,6 +111,7 @@ OWNED, SUMS = ".convert_ucf101", ".convert_ucf101.sha256"
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # How often a video whose worker died is tried in a process of its own.
 TRIES_ALONE = 2
+NO_SPACE = "there is not enough space, see --tmp_dir"
 MAX_PADDING = 16 << 20  # zeros behind the end of a tar
 SHOWN = 10  # ignored files that are named
 
@@ -244,13 +245,19 @@ def checked_members(tar: tarfile.TarFile, folder: Path, max_gb: int) -> Iterator
         if member.size > max_gb << 30:
             raise tarfile.ExtractError(f"{member.name!r} is larger than --max_video_gb {max_gb}")
         if room < 0:
-            raise tarfile.ExtractError("there is not enough space, see --tmp_dir")
+            raise tarfile.ExtractError(NO_SPACE)
         yield member
 
 
 def extract_archive(archive: Path, folder: Path, max_gb: int) -> None:
     """Extract a tar into an empty folder. Nothing gets out of it; what fails leaves a part."""
     try:
+        # Of zeros alone, lzma reads a terabyte, and needs hours.
+        with archive.open("rb") as file:
+            if not file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("it is empty")
+        if archive.stat().st_size > shutil.disk_usage(folder).free:
+            raise tarfile.ExtractError(NO_SPACE)
         with tarfile.open(archive, "r:*") as tar:
             # Read once: to check all members first would decompress the archive twice.
             tar.extractall(folder, checked_members(tar, folder, max_gb), filter="data")
@@ -261,7 +268,7 @@ def extract_archive(archive: Path, folder: Path, max_gb: int) -> None:
     except tarfile.FilterError as error:
         raise ConvertError(f"{archive} is refused: {error}") from error
     except Exception as error:  # tarfile lets all kinds through, of the decompressors and its own
-        why = str(error) or repr(error)
+        why = getattr(error, "strerror", None) or str(error) or repr(error)
         raise ConvertError(f"{archive} cannot be extracted to {folder.parent}: {why}") from error
 
 
@@ -288,9 +295,15 @@ def video_root(args: argparse.Namespace) -> Path:
     folder = make_temporary_folder(args.tmp_dir, args.out_dir)
     extract_archive(archive, folder, args.max_video_gb)
     # The archive may have folders of its own above the splits.
-    roots = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
-    roots.sort(key=lambda path: len(path.parts))
-    return next((root for root in roots if list_videos(root)), folder)
+    folders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+    names = [root.relative_to(folder) for root in (folder, *folders) if list_videos(root)]
+    names = [name for name in names if not any(map(is_hidden, name.parts))]
+    if len(names) > 1:
+        first, second, *_ = sorted(names)
+        raise ConvertError(
+            f"{archive} has two datasets, {first} and {second}: give one of them as --video_dir"
+        )
+    return folder / names[0] if names else folder
 
 
 def is_hidden(name: str) -> bool:

@@ -1046,10 +1046,20 @@ def test_archive(videos: Path, tmp_path: Path, root: str, mode: str):
     archive = tmp_path / "UCF101_subset.tar.gz"  # also when it is neither: the hub's is plain
     with tarfile.open(archive, mode) as tar:
         tar.add(videos, root)
+        tar.add(videos, "__MACOSX/a")
     assert main("archive", archive, tmp_path / "out") == 0
     assert main("video_dir", videos, tmp_path / "expected") == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert list((tmp_path / "tmp").iterdir()) == []  # nothing stays behind
+
+
+def test_archive_of_two_datasets(videos: Path, tmp_path: Path, capsys):
+    """One of them would be left out without a word."""
+    with tarfile.open(tmp_path / "videos.tar", "w") as tar:
+        tar.add(videos, "a/first")
+        tar.add(videos, "second")
+    assert main("archive", tmp_path / "videos.tar", tmp_path / "out") == 2
+    assert "has two datasets, a/first and second" in capsys.readouterr().err
 
 
 def test_download(videos: Path, tmp_path: Path, monkeypatch):
@@ -1140,7 +1150,7 @@ def test_archive_without_end(tmp_path: Path, monkeypatch, capsys, kind: str):
     assert f"{tmp_path}/videos.tar is not a regular file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["one file", "many files", "end"])
+@pytest.mark.parametrize("kind", ["one file", "many files", "end", "zeros", "sparse"])
 def test_archive_bombs(videos: Path, tmp_path: Path, monkeypatch, capsys, kind: str):
     """An archive does not fill the disk, and one that is small is not read for hours."""
     archive = tmp_path / "videos.tar"
@@ -1153,6 +1163,10 @@ def test_archive_bombs(videos: Path, tmp_path: Path, monkeypatch, capsys, kind: 
             tar.fileobj.write(b"\0" * 512)
         if kind == "end":
             tar.fileobj.write(bytes(20 << 20))
+    if kind == "zeros":
+        archive.write_bytes(b"")
+    if kind in ("zeros", "sparse"):
+        os.truncate(archive, 1 << 40)
     if kind == "many files":
         usage = shutil.disk_usage(tmp_path)._replace(free=5000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -1160,6 +1174,8 @@ def test_archive_bombs(videos: Path, tmp_path: Path, monkeypatch, capsys, kind: 
         "one file": "'UCF101_subset/train/A/huge.avi' is larger than --max_video_gb 1",
         "many files": "there is not enough space",
         "end": "there is data behind its end",
+        "zeros": "it is empty",
+        "sparse": "there is not enough space",
     }
     assert main("archive", archive, tmp_path / "out") == 2
     assert why[kind] in capsys.readouterr().err
