@@ -14,7 +14,7 @@ gives
     out_dir/ucf101_{train,val,test}.jsonl                          1 line a video
 
 Splits   At least one of train, val, test. A split without videos gets no jsonl. The classes in
-         the prompt are those of all splits together.
+         the prompt are those of all splits together. Hidden folders are none.
 Ids      <split>-<number>. The number is the video's place among all videos, sorted by split
          (train, val, test), class, name. It runs on: after 300 training videos val starts at 300.
 Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95
@@ -26,6 +26,12 @@ Listed   failed:  nothing of the video decodes. It leaves no files and no record
          ignored: a file below a split that is no video of a class, for example by its suffix.
                   Hidden files are not listed.
          --strict stops at the first file that would be listed, and writes no jsonl.
+Limits   Videos are avi, flv, mkv, mov, mp4, mpeg, webm and wmv files of up to --max_video_gb, with
+         frames of up to 8K. ffmpeg is given the open file and can open no other: playlists and
+         other lists of files fail. --max_video_gb is also the limit of a file in an archive.
+Output   An out_dir of this script has a file .convert_ucf101 from the first moment on, and at the
+         end the checksums of the jsonl in .convert_ucf101.sha256. A folder that has images
+         without the one, or a jsonl that is not in the other, is refused: it is someone's work.
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Each JPEG has a comment
          with the checksums of the video and of its own data and with the settings. A video whose
          frames are all there and fit is not decoded again; what does not fit is replaced. At the
@@ -51,11 +57,12 @@ import fcntl
 import hashlib
 import io
 import json
-import lzma
 import multiprocessing
+import re
 import shlex
 import shutil
 import stat
+import string
 import sys
 import tarfile
 import threading
@@ -80,6 +87,16 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 LAYOUT = f"{{train,val,test}}/<class>/<video> with a video in {' '.join(SUFFIXES)}"
 JPEG_QUALITY = 95
+# ffmpeg would follow the file names in playlists (concat, HLS, DASH) and open them.
+CONTAINERS = "asf,avi,flv,m4v,matroska,mov,mpeg,mpegts,mpegvideo"
+ONE_FILE = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
+MAX_PIXELS = 1 << 25  # of a frame, which is 8K: dozens of them are held in memory
+# More than the model's context of 131,072 tokens holds, which is some 400 images.
+MAX_FRAMES = 1000
+MAX_WORKERS = 256
+# What the recipe refuses as a control token (phi3v/conversations.py), what would divide the list of
+# classes in the prompt, and what is no text.
+NOT_IN_CLASSES = re.compile(r"<\||\|>|<s>|<unk>|[,\x00-\x1f\x7f\ud800-\udfff]")
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # How far the number of packets may be from that of frames before a video is decoded twice.
 GUESS_SLACK = 2
@@ -88,10 +105,14 @@ GUESS_SLACK = 2
 MADE_BY = f"convert_ucf101 1, PyAV {av.__version__}, Pillow {PIL.__version__}"
 JFIF_END = 20  # where the comment goes: right behind the JFIF header that Pillow writes
 PART = ".convert_ucf101.{}.part"  # a file that is being written
+# What is in out_dir belongs to this script, and so do the jsonl with these checksums.
+OWNED, SUMS = ".convert_ucf101", ".convert_ucf101.sha256"
 # To fork a worker saves the start of Python and the imports; on macOS it is not safe.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 # How often a video whose worker died is tried in a process of its own.
 TRIES_ALONE = 2
+NO_SPACE = "there is not enough space, see --tmp_dir"
+MAX_PADDING = 16 << 20  # zeros behind the end of a tar
 SHOWN = 10  # ignored files that are named
 
 
@@ -126,7 +147,12 @@ class Outcome(NamedTuple):
     def line(self, video: Video) -> str:
         """The line of the summary, empty if all is well."""
         kind = "failed" if self.error else "warning" if self.warning else ""
-        return kind and f"{kind}: {video.name}: {self.error or self.warning}"
+        return kind and f"{kind}: {printable(video.name)}: {self.error or self.warning}"
+
+
+def printable(name: str) -> str:
+    """A name that stays on one line."""
+    return name if name.isprintable() else ascii(name)
 
 
 # ---- To stop at any moment ----
@@ -209,33 +235,46 @@ def download_archive() -> Path:
         ) from error
 
 
-def relative_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def checked_members(tar: tarfile.TarFile, folder: Path, max_gb: int) -> Iterator[tarfile.TarInfo]:
     """The members of an archive, one by one. The filter would only strip the root of a name."""
+    room = shutil.disk_usage(folder).free
     for member in tar:
+        room -= member.size
         if member.name.startswith(("/", os.sep)):
             raise tarfile.AbsolutePathError(member)
+        if member.size > max_gb << 30:
+            raise tarfile.ExtractError(f"{member.name!r} is larger than --max_video_gb {max_gb}")
+        if room < 0:
+            raise tarfile.ExtractError(NO_SPACE)
         yield member
 
 
-def extract_archive(archive: Path, folder: Path) -> None:
+def extract_archive(archive: Path, folder: Path, max_gb: int) -> None:
     """Extract a tar into an empty folder. Nothing gets out of it; what fails leaves a part."""
     try:
+        # Of zeros alone, lzma reads a terabyte, and needs hours.
+        with archive.open("rb") as file:
+            if not file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("it is empty")
+        if archive.stat().st_size > shutil.disk_usage(folder).free:
+            raise tarfile.ExtractError(NO_SPACE)
         with tarfile.open(archive, "r:*") as tar:
             # Read once: to check all members first would decompress the archive twice.
-            tar.extractall(folder, relative_members(tar), filter="data")
+            tar.extractall(folder, checked_members(tar, folder, max_gb), filter="data")
             # tarfile takes a damaged header for the end, and leaves the checksum behind it unread.
-            while rest := tar.fileobj.read(1 << 20):
-                if rest.strip(b"\0"):
-                    raise tarfile.ReadError("there is data behind its end")
+            rest = tar.fileobj.read(MAX_PADDING)
+            if rest.strip(b"\0") or len(rest) == MAX_PADDING:
+                raise tarfile.ReadError("there is data behind its end")
     except tarfile.FilterError as error:
         raise ConvertError(f"{archive} is refused: {error}") from error
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise ConvertError(f"{archive} cannot be extracted to {folder.parent}: {error}") from error
+    except Exception as error:  # tarfile lets all kinds through, of the decompressors and its own
+        why = getattr(error, "strerror", None) or str(error) or repr(error)
+        raise ConvertError(f"{archive} cannot be extracted to {folder.parent}: {why}") from error
 
 
 def make_temporary_folder(tmp_dir: Path, out_dir: Path) -> Path:
     """An empty folder, removed by CLEANUP. A killed run leaves it, and the next one finds it."""
-    key = hashlib.sha256(os.fsencode(out_dir.resolve())).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(os.path.realpath(out_dir))).hexdigest()[:16]
     folder = tmp_dir.absolute() / f"convert_ucf101.{key}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder, out_dir)
@@ -248,26 +287,38 @@ def make_temporary_folder(tmp_dir: Path, out_dir: Path) -> Path:
 def video_root(args: argparse.Namespace) -> Path:
     """The folder that holds the splits."""
     if args.video_dir:
-        # Absolute, or ffmpeg would take a colon in the first folder's name for a protocol.
-        return args.video_dir.absolute()
+        return args.video_dir
     archive = args.archive or download_archive()
+    if archive.exists() and not archive.is_file():  # a pipe or a device may have no end
+        raise ConvertError(f"--archive {archive} is not a regular file")
     # Empty: nothing that another run left may become part of this dataset.
     folder = make_temporary_folder(args.tmp_dir, args.out_dir)
-    extract_archive(archive, folder)
+    extract_archive(archive, folder, args.max_video_gb)
     # The archive may have folders of its own above the splits.
-    roots = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
-    roots.sort(key=lambda path: len(path.parts))
-    return next((root for root in roots if list_videos(root)), folder)
+    folders = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
+    names = [root.relative_to(folder) for root in (folder, *folders) if list_videos(root)]
+    names = [name for name in names if not any(map(is_hidden, name.parts))]
+    if len(names) > 1:
+        first, second, *_ = sorted(names)
+        raise ConvertError(
+            f"{archive} has two datasets, {first} and {second}: give one of them as --video_dir"
+        )
+    return folder / names[0] if names else folder
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def list_videos(root: Path) -> list[Video]:
     """All videos below root, in the order of the ids. What is none in spite of its name fails."""
     videos: list[Video] = []
     for split in SPLITS:
-        folders = [path for path in (root / split).glob("*") if path.is_dir()]
+        folders = (root / split).glob("*")
+        folders = [path for path in folders if path.is_dir() and not is_hidden(path.name)]
         for folder in sorted(folders, key=lambda path: path.name):
             for path in sorted(folder.iterdir(), key=lambda path: (path.stem, path.suffix)):
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+                if path.suffix.lower() in SUFFIXES and not is_hidden(path.name):
                     id = f"{split}-{len(videos):010d}"
                     videos.append(Video(id, split, folder.name, path))
     return videos
@@ -278,11 +329,11 @@ def list_ignored(root: Path, videos: list[Video]) -> list[str]:
     known, lines = {video.path for video in videos}, []
     for path in sorted(path for split in SPLITS for path in (root / split).rglob("*")):
         name = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in name.parts)
+        hidden = any(map(is_hidden, name.parts))
         if not (path in known or hidden or path.is_dir()):
             misplaced = path.suffix.lower() in SUFFIXES
             why = f"not in {name.parts[0]}/<class>/" if misplaced else "not a video suffix"
-            lines.append(f"ignored: {name}: {why}")
+            lines.append(f"ignored: {printable(str(name))}: {why}")
     return lines
 
 
@@ -293,6 +344,7 @@ def check_videos(videos: list[Video], root: Path) -> None:
         shown = ", ".join(found[:12] + ["..."] * (len(found) > 12)) or "nothing"
         shown = shown if root.is_dir() else "no such folder"
         raise ConvertError(f"no videos in {root}\nExpected: {LAYOUT}\nFound: {shown}")
+    check_classes(sorted({video.label for video in videos}))
     owners: dict[str, Video] = {}
     for video in videos:
         other = owners.setdefault(video.image_names(1)[0], video)
@@ -300,6 +352,21 @@ def check_videos(videos: list[Video], root: Path) -> None:
             raise ConvertError(
                 f"{other.name} and {video.name} would write the same images: rename one of them"
             )
+
+
+def check_classes(labels: list[str]) -> None:
+    """Stop if a name of a class is one that the recipe refuses or cannot tell from another."""
+    same: dict[str, str] = {}
+    for label in labels:
+        what = f"the class folder {label!r}: rename it: its name"
+        if found := NOT_IN_CLASSES.search(label):
+            raise ConvertError(f"{what} holds {found[0]!r}")
+        if label != label.strip():
+            raise ConvertError(f"{what} has white space around it")
+        # Answers are compared like this (phi3v/metrics.py).
+        other = same.setdefault(label.strip(string.whitespace + ".").lower(), label)
+        if other != label:
+            raise ConvertError(f"{what} differs from {other!r} only in case or full stops")
 
 
 # ---- One video -> its frames ----
@@ -312,10 +379,19 @@ def frame_indices(count: int, num_frames: int) -> list[int]:
 
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    with av.open(str(path), metadata_errors="replace") as container:
-        stream = container.streams.best("video")
+    with ExitStack() as stack:
+        # An open file, not a name: ffmpeg itself then opens nothing. As fast, as measured.
+        file = stack.enter_context(path.open("rb"))
+        try:
+            container = av.open(file, options=ONE_FILE, metadata_errors="replace")
+        except av.ArgumentError as error:
+            raise ValueError(f"its format is none of {CONTAINERS}") from error
+        stream = stack.enter_context(container).streams.best("video")
         if stream is None or stream.codec_context is None:
             raise ValueError("no video stream that can be decoded")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise ValueError(f"its frames of {stream.width} x {stream.height} are larger than 8K")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # where the size changes
         # The workers share the cores; threads inside one decoder do not pay.
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -394,13 +470,15 @@ def to_jpeg(frame: av.VideoFrame) -> bytes:
     return buffer.getvalue()
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a video. Raises ValueError if it is empty or, as a pipe, has no end."""
+def checksum(path: Path, max_gb: int) -> str:
+    """SHA-256 of a video. Raises ValueError if it is empty, too large or, as a pipe, has no end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
     if status.st_size == 0:
         raise ValueError("the file is empty")
+    if status.st_size > max_gb << 30:
+        raise ValueError(f"larger than --max_video_gb {max_gb}: {status.st_size >> 30} GB")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -414,10 +492,9 @@ def add_stamp(jpeg: bytes, stamp: dict) -> bytes:
 
 def read_stamp(path: Path) -> dict | None:
     """The stamp of an image that this script wrote and nothing has changed since, else None."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.is_file():
         return None
+    data = path.read_bytes()
     start = JFIF_END + 4
     end = start - 2 + int.from_bytes(data[start - 2 : start], "big")
     with suppress(ValueError):
@@ -450,7 +527,7 @@ def write_files(files: dict[Path, bytes]) -> None:
                 part.unlink()
 
 
-def convert_video(video: Video, images_dir: Path, num_frames: int) -> Outcome:
+def convert_video(video: Video, images_dir: Path, num_frames: int, max_gb: int) -> Outcome:
     """Write the frames of one video, unless they are all there already.
 
     What is wrong with the video is in the outcome: the others go on. Raises ConvertError or
@@ -458,8 +535,11 @@ def convert_video(video: Video, images_dir: Path, num_frames: int) -> Outcome:
     """
     paths = [images_dir / name for name in video.image_names(num_frames)]
     try:
+        if any("\ud800" <= letter <= "\udfff" for letter in video.name):
+            return Outcome("its name is not UTF-8, as jsonl is: rename it")
         # Before the decoding: a video that changes meanwhile is not taken for done next time.
-        origin = {"made_by": MADE_BY, "video": checksum(video.path), "num_frames": num_frames}
+        origin = {"made_by": MADE_BY, "video": checksum(video.path, max_gb)}
+        origin["num_frames"] = num_frames
         found = [read_stamp(path) for path in paths]
         warning = (found[0] or {}).get("warning")
         if warning is not None and found == [origin | {"warning": warning}] * num_frames:
@@ -541,7 +621,12 @@ def convert_in_processes(
 
 def convert_all(videos: list[Video], args: argparse.Namespace) -> dict[Video, Outcome]:
     """Convert the videos; the outcomes have their order. Raises StrictError."""
-    convert = partial(convert_video, images_dir=args.out_dir / "images", num_frames=args.num_frames)
+    convert = partial(
+        convert_video,
+        images_dir=args.out_dir / "images",
+        num_frames=args.num_frames,
+        max_gb=args.max_video_gb,
+    )
     if args.num_workers == 1:
         keep_freed_memory()
         done = ((video, convert(video)) for video in videos)
@@ -569,12 +654,38 @@ def remove_parts(out_dir: Path) -> None:
                 part.unlink()
 
 
+def sums_line(path: Path, data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n"
+
+
+def check_out_dir(args: argparse.Namespace) -> None:
+    """Stop if the output would replace files that no run of this script wrote."""
+    folder = Path(os.path.realpath(args.out_dir))
+    if args.video_dir and any(
+        folder.is_relative_to(os.path.realpath(args.video_dir / split)) for split in SPLITS
+    ):
+        raise ConvertError(f"--out_dir {args.out_dir} is among the videos of --video_dir")
+    owned, sums = args.out_dir / OWNED, args.out_dir / SUMS
+    others = [] if owned.is_file() else [args.out_dir / "images"]
+    known = sums.read_text(errors="replace") if sums.is_file() else ""
+    for path in (jsonl_path(args.out_dir, split) for split in SPLITS):
+        if not path.is_file() or sums_line(path, path.read_bytes()) not in known:
+            others.append(path)
+    for path in filter(os.path.lexists, others):
+        raise ConvertError(
+            f"{path} is not as this script wrote it, and would be replaced: "
+            "choose another --out_dir, or move it away"
+        )
+
+
 def take_out_dir(out_dir: Path) -> None:
     """Make the output folder, keep other converters out of it, and clear up after a killed run."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    lock(out_dir.resolve(), out_dir)
+    lock(Path(os.path.realpath(out_dir)), out_dir)
     remove_parts(out_dir)
     CLEANUP.callback(remove_parts, out_dir)
+    if not (out_dir / OWNED).exists():
+        write_files({out_dir / OWNED: b"convert_ucf101.py may replace and remove what is here.\n"})
 
 
 def remove_stale_images(outcomes: dict[Video, Outcome], args: argparse.Namespace) -> int:
@@ -621,6 +732,8 @@ def write_jsonl(outcomes: dict[Video, Outcome], args: argparse.Namespace) -> Non
     paths = [jsonl_path(args.out_dir, split) for split in SPLITS]
     if files != {path: path.read_bytes() for path in paths if path.is_file()}:
         remove_jsonl(args.out_dir)
+        sums = "".join(sums_line(path, data) for path, data in files.items())
+        write_files({args.out_dir / SUMS: sums.encode()})  # first: a kill may come between
         write_files(files)
 
 
@@ -641,12 +754,22 @@ def print_summary(
         print(f"Of earlier runs: {num_kept} videos kept, {num_stale} images removed")
     out_dir = shlex.quote(str(args.out_dir))
     print("Next: torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir", out_dir)
+    print(end="", flush=True)
 
 
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number_up_to(limit: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not 1 <= int(text) <= limit:
+            raise argparse.ArgumentTypeError(f"{text} is not in 1 to {limit}")
+        return int(text)
+
+    return number
+
+
+def path(text: str) -> Path:
+    if not text:  # a variable that is not set: the folder in which one is would be taken
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -654,14 +777,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--out_dir", type=Path, default="./ucf101", help="the result (default: %(default)s)")
-    add("--tmp_dir", type=Path, default="/tmp/ucf101", help="extract here (default: %(default)s)")
+    add("--out_dir", type=path, default="./ucf101", help="the result (default: %(default)s)")
+    add("--tmp_dir", type=path, default="/tmp/ucf101", help="extract here (default: %(default)s)")
     source.add_argument(
-        "--archive", type=Path, help=f"tar on disk in place of the hub's {HUB_FILE}"
+        "--archive", type=path, help=f"tar on disk in place of the hub's {HUB_FILE}"
     )
-    source.add_argument("--video_dir", type=Path, help=f"folder with {LAYOUT}")
-    add("--num_frames", type=positive_int, default=8, help="frames a video (default: %(default)s)")
-    add("--num_workers", type=positive_int, default=os.cpu_count(), help="default: all CPUs")
+    source.add_argument("--video_dir", type=path, help=f"folder with {LAYOUT}")
+    add("--num_frames", type=number_up_to(MAX_FRAMES), default=8, help="a video (default: 8)")
+    cpus = min(os.cpu_count(), MAX_WORKERS)
+    add("--num_workers", type=number_up_to(MAX_WORKERS), default=cpus, help="default: all CPUs")
+    add("--max_video_gb", type=number_up_to(1024), default=1, help="larger ones fail (default: 1)")
     add("--strict", action="store_true", help="stop at the first bad file")
     add("--no-tqdm", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
@@ -671,6 +796,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     args = parse_args(argv)
     try:
+        check_out_dir(args)
         root = video_root(args)
         videos = list_videos(root)
         check_videos(videos, root)
@@ -686,12 +812,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{error}\nStopped by --strict. The same command continues.", file=sys.stderr)
         return 1
     except (ConvertError, OSError) as error:
-        print(f"convert_ucf101.py: error: {error}", file=sys.stderr)
+        file = getattr(error, "filename", None)
+        text = f"{file}: {error.strerror}" if file else error
+        print(f"convert_ucf101.py: error: {text}", file=sys.stderr)
         return 2
     finally:
         with signals_blocked():
             CLEANUP.close()
-    print_summary(outcomes, ignored, num_stale, args)
+    try:
+        print_summary(outcomes, ignored, num_stale, args)
+    except OSError:  # a closed pipe: nobody reads it, and the dataset is complete
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return int(any(outcome.error for outcome in outcomes.values()))
 
 
@@ -699,4 +830,6 @@ if __name__ == "__main__":
     for number in SIGNALS:
         signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     sys.exit(main())

@@ -6,11 +6,11 @@ import io
 import itertools
 import json
 import os
-import platform
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -93,6 +93,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+# Beside the images and the jsonl.
+OWN_FILES = [".convert_ucf101", ".convert_ucf101.sha256"]
+
+
 def records(out_dir: Path, split: str) -> list[dict]:
     return [json.loads(line) for line in (out_dir / f"ucf101_{split}.jsonl").open()]
 
@@ -168,13 +172,15 @@ def test_tree_and_jsonl(videos: Path, tmp_path: Path):
     (videos / "train" / "A" / "notes.txt").write_text("not a video")
     (videos / "train" / "A" / "._a1.avi").write_text("written by macOS, not a video")
     (videos / "train" / "Empty").mkdir()
+    for folder in (".ipynb_checkpoints", ".thumbnails", "__MACOSX"):
+        shutil.copytree(videos / "train/A", videos / "train" / folder)
     out = tmp_path / "out"
     assert main("video_dir", videos, out) == 0
 
     stems = ["train/A/a1", "train/B/b 1", "val/A/a2", "test/A/ä.3", "test/C/c1"]
     images = [f"images/{stem}.{i}.jpg" for stem in stems for i in range(8)]
     jsonl = [f"ucf101_{split}.jsonl" for split in ("train", "val", "test")]
-    assert sorted(tree(out)) == sorted(images + jsonl)
+    assert sorted(tree(out)) == sorted(images + jsonl + OWN_FILES)
 
     ids = ["train-0000000000", "train-0000000001", "val-0000000002"]
     ids += ["test-0000000003", "test-0000000004"]
@@ -212,7 +218,7 @@ def test_same_bytes_for_any_number_of_workers(videos: Path, tmp_path: Path):
         flags = ("--video_dir", videos, "--out_dir", out, "--num_workers", workers)
         done = run(*flags, script=script)
         assert done.returncode == 0, done.stderr
-    assert len(tree(outs[0])) == 6 * 8 + 3
+    assert len(tree(outs[0])) == 6 * 8 + 3 + len(OWN_FILES)
     assert tree(outs[0]) == tree(outs[1]) == tree(outs[2])
 
 
@@ -231,6 +237,20 @@ def test_summary_and_next_command(videos: Path, tmp_path: Path):
     assert done.returncode == 0 and done.stderr == ""
     assert f"train: 2 videos, 6 frames, 0 failed -> {out / 'ucf101_train.jsonl'}" in done.stdout
     assert f"finetune_hf_trainer_ucf101.py --data_dir '{out}'\n" in done.stdout
+
+
+def test_output_that_cannot_be_printed(videos: Path, tmp_path: Path):
+    """An ASCII terminal and a reader that has left change nothing: the work is done."""
+    command = [sys.executable, SCRIPT, "--video_dir", videos, "--no-tqdm", "--out_dir"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, tmp_path / "é"], env=ascii_only, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and rb"\xe9" in done.stdout
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, tmp_path / "out"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert tree(tmp_path / "out") == tree(tmp_path / "é")
 
 
 def test_help():
@@ -328,30 +348,6 @@ def test_videos_are_read_once(tmp_path: Path, monkeypatch, name, codec, part, op
     monkeypatch.setattr(converter, "decode", lambda *args: calls.append("decode") or decode(*args))
     picked(video)
     assert calls.count("open") == opened and calls.count("decode") == 1
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_memory_is_kept():
-    """The memory of one image serves the next: it is not asked of the system again each time."""
-    script = """
-import resource
-import convert_ucf101
-
-def page_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(100):
-        images = [bytearray(300_000) for _ in range(8)]
-        del images
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-convert_ucf101.keep_freed_memory()
-page_faults()
-print(page_faults())
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=SCRIPT.parent, capture_output=True, text=True
-    )
-    assert int(done.stdout) < 1000, done.stderr
 
 
 @pytest.mark.parametrize("width", [64, 66, 318])
@@ -472,8 +468,141 @@ def test_bad_videos(tmp_path: Path):
     stems = ["good", "half_avi", "half_mkv", "one"]
     images = [record["conversations"][0]["images"] for record in records(tmp_path / "out", "train")]
     assert images == [[f"train/A/{stem}.{i}.jpg" for i in range(8)] for stem in stems]
-    assert len(tree(tmp_path / "out")) == 4 * 8 + 1
+    assert len(tree(tmp_path / "out")) == 4 * 8 + 1 + len(OWN_FILES)
     assert shown(tmp_path / "out/images/train/A/one") == [0] * 8
+
+
+def playlists(outside: str) -> dict[str, str]:
+    """Text files that make ffmpeg open other files."""
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
+    return {
+        "list.m3u8": hls.format(f"{outside}/marker.ts"),
+        "list_url.m3u8": hls.format(f"file://{os.path.abspath(outside)}/marker.ts"),
+        "concat.mp4": f"ffconcat version 1.0\nfile {outside}/marker.avi\n",
+        "concat_hls.avi": "ffconcat version 1.0\nfile list.m3u8\n",
+        "concat_hls_url.mkv": "ffconcat version 1.0\nfile list_url.m3u8\n",
+        "concat_beside.mov": "ffconcat version 1.0\nfile good.avi\n",
+        "hls.mp4": hls.format(f"{outside}/marker.ts"),
+        "sdp.mpg": "v=0\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5000 RTP/AVP 32\n",
+        "dash.mp4": '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
+        f"<AdaptationSet><Representation><BaseURL>{outside}/marker.avi</BaseURL>"
+        "</Representation></AdaptationSet></Period></MPD>",
+    }
+
+
+@pytest.mark.parametrize("source", ["video_dir", "archive"])
+def test_no_other_file_is_opened(tmp_path: Path, capsys, monkeypatch, source: str):
+    """A list of files that is named like a video brings none of them into the dataset."""
+    folder = tmp_path / "videos/train/A"
+    write_video(folder / "good.avi")
+    for suffix in ("avi", "ts"):
+        write_video(tmp_path / f"outside/marker.{suffix}")
+    outside = os.path.relpath(tmp_path / "outside", folder)
+    for name, text in playlists(outside).items():
+        (folder / name).write_text(text)
+    path = tmp_path / "videos"
+    if source == "archive":
+        (tmp_path / "tmp").mkdir()  # from where the same relative names lead outside
+        path = tmp_path / "videos.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(tmp_path / "videos", "videos")
+    bad = [name for name in playlists(outside) if not name.endswith(".m3u8")]
+    # The second lock holds on its own.
+    lists = converter.ONE_FILE | {"format_whitelist": converter.CONTAINERS + ",concat,hls,dash"}
+    for options in (converter.ONE_FILE, lists):
+        monkeypatch.setattr(converter, "ONE_FILE", options)
+        assert main(source, path, tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert all(f"failed: train/A/{name}: " in error for name in bad)
+        (record,) = records(tmp_path / "out", "train")
+        assert record["conversations"][0]["images"] == [f"train/A/good.{i}.jpg" for i in range(8)]
+
+
+def test_other_formats_fail(tmp_path: Path, capsys):
+    """Of the formats that ffmpeg knows, only those of videos are tried, whatever the name says."""
+    for name, codec, format in (("gif.mp4", "gif", "gif"), ("nut.avi", "mpeg4", "nut")):
+        path = tmp_path / "videos/train/A" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w", format=format) as container:
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height = 64, 48
+            stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+            for _ in range(10):
+                frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    assert main("video_dir", tmp_path / "videos", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "gif.mp4: its format is none of asf,avi," in error and "nut.avi: its format" in error
+
+
+def test_huge_videos(videos: Path, tmp_path: Path, capsys):
+    """A sparse terabyte is refused by its size, and the others are converted."""
+    with (videos / "train/A/sparse.avi").open("wb") as file:
+        file.truncate(1 << 40)
+    assert main("video_dir", videos, tmp_path / "out") == 1
+    assert "sparse.avi: larger than --max_video_gb 1: 1024 GB" in capsys.readouterr().err
+    assert len(records(tmp_path / "out", "train")) == 2
+
+
+def test_huge_frames(tmp_path: Path, monkeypatch):
+    """Frames that would fill the memory are not decoded, also when they come later."""
+    parts = []
+    for width, height in ((64, 48), (640, 480)):
+        data = io.BytesIO()
+        with av.open(data, "w", format="mpeg1video") as container:
+            stream = container.add_stream("mpeg1video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for _ in range(10):
+                frame = av.VideoFrame.from_ndarray(np.zeros((height, width, 3), np.uint8))
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        parts.append(data.getvalue())
+    monkeypatch.setattr(converter, "MAX_PIXELS", 10_000)
+    (tmp_path / "grows.mpg").write_bytes(b"".join(parts))
+    frames, warning = converter.pick_frames(tmp_path / "grows.mpg", 8)
+    assert {frame.width for frame in frames} == {64} and "10 damaged packets" in warning
+    (tmp_path / "large.mpg").write_bytes(parts[1])
+    with pytest.raises(ValueError, match="its frames of 640 x 480 are larger than 8K"):
+        converter.pick_frames(tmp_path / "large.mpg", 8)
+
+
+def test_names_that_are_no_text(tmp_path: Path, capsys):
+    """A video whose name jsonl cannot hold fails; a line break does not forge the summary."""
+    folder = tmp_path / "videos/train/A"
+    good = write_video(folder / "good.avi")
+    shutil.copy(good, folder / os.fsdecode(b"caf\xe9.avi"))
+    (folder / "a\nfailed: b.avi").touch()
+    assert main("video_dir", tmp_path / "videos", tmp_path / "out") == 1
+    assert capsys.readouterr().err.splitlines() == [
+        r"failed: 'train/A/a\nfailed: b.avi': the file is empty",
+        r"failed: 'train/A/caf\udce9.avi': its name is not UTF-8, as jsonl is: rename it",
+    ]
+    assert len(records(tmp_path / "out", "train")) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["<|end|>"], "holds '<|'"),
+        (["<|image_1|>"], "holds '<|'"),
+        (["a<s>"], "holds '<s>'"),
+        (["  "], "white space"),
+        (["A "], "white space"),
+        (["a, b"], "holds ','"),
+        (["a\nb"], r"holds '\n'"),
+        ([os.fsdecode(b"caf\xe9")], r"holds '\udce9'"),
+        (["Run", "run."], "differs from 'Run'"),
+    ],
+)
+def test_class_names(videos: Path, tmp_path: Path, capsys, names: list[str], why: str):
+    """A class that the recipe would refuse or confuse stops the run before the work starts."""
+    for name in names:
+        write_video(videos / "val" / name / "v.avi")
+    assert main("video_dir", videos, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{names[-1]!r}: rename it" in error and why in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_many_ignored_files(videos: Path, tmp_path: Path, capsys):
@@ -518,7 +647,8 @@ def test_strict(videos: Path, tmp_path: Path, capsys, workers: int):
 
 @pytest.mark.parametrize("call", ["write_bytes", "replace"])
 @pytest.mark.parametrize(
-    ("folder", "index", "name"), [("images/train/A", 3, "a1.3.jpg"), ("", 2, "ucf101_test.jsonl")]
+    ("folder", "index", "name"),
+    [("", 0, ".convert_ucf101"), ("images/train/A", 3, "a1.3.jpg"), ("", 2, "ucf101_test.jsonl")],
 )
 def test_full_disk(videos: Path, tmp_path: Path, monkeypatch, capsys, call, folder, index, name):
     """One message with the path, nothing half written, and the same command continues."""
@@ -553,7 +683,7 @@ def test_writes_that_break_off(videos: Path, tmp_path: Path, workers: int):
         timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
     )
-    assert done.returncode == 2 and tree(out) == {}
+    assert done.returncode == 2 and list(tree(out)) == OWN_FILES[:1]
     first, second = done.stderr.splitlines()
     assert first.startswith("convert_ucf101.py: error: cannot write") and "too large" in first
     assert "the same command continues" in second
@@ -710,7 +840,7 @@ def test_stop_signals(source: Path, tmp_path: Path, number: signal.Signals, work
     check_interrupted(out, tree(source / "expected"))
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("delay", [0.05, 0.2])
 def test_stop_while_starting(source: Path, tmp_path: Path, delay: float):
     """Ctrl-C in the first moments, while modules are loaded, is no traceback either."""
     process = start(source, tmp_path, "video_dir", 2)
@@ -908,17 +1038,28 @@ def test_links(videos: Path, tmp_path: Path, capsys):
 # ---- Sources ----
 
 
-@pytest.mark.parametrize("root", ["UCF101_subset", ".", "a/b"])
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+@pytest.mark.parametrize(
+    ("root", "mode"), [("UCF101_subset", "w"), (".", "w:gz"), ("a/b", "w:bz2"), ("a", "w:xz")]
+)
 def test_archive(videos: Path, tmp_path: Path, root: str, mode: str):
     """Plain or compressed, below any folder: the archive gives what the folder gives."""
     archive = tmp_path / "UCF101_subset.tar.gz"  # also when it is neither: the hub's is plain
     with tarfile.open(archive, mode) as tar:
         tar.add(videos, root)
+        tar.add(videos, "__MACOSX/a")
     assert main("archive", archive, tmp_path / "out") == 0
     assert main("video_dir", videos, tmp_path / "expected") == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert list((tmp_path / "tmp").iterdir()) == []  # nothing stays behind
+
+
+def test_archive_of_two_datasets(videos: Path, tmp_path: Path, capsys):
+    """One of them would be left out without a word."""
+    with tarfile.open(tmp_path / "videos.tar", "w") as tar:
+        tar.add(videos, "a/first")
+        tar.add(videos, "second")
+    assert main("archive", tmp_path / "videos.tar", tmp_path / "out") == 2
+    assert "has two datasets, a/first and second" in capsys.readouterr().err
 
 
 def test_download(videos: Path, tmp_path: Path, monkeypatch):
@@ -992,6 +1133,55 @@ def test_bad_archive_is_refused(videos: Path, tmp_path: Path, capsys, kind: str)
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
 
 
+SPECIAL = {
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_archive_without_end(tmp_path: Path, monkeypatch, capsys, kind: str):
+    """What is no file is not read: it may have no end, or never a beginning."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    SPECIAL[kind](tmp_path / "videos.tar")
+    assert main("archive", tmp_path / "videos.tar", tmp_path / "out") == 2
+    assert f"{tmp_path}/videos.tar is not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["one file", "many files", "end", "zeros", "sparse"])
+def test_archive_bombs(videos: Path, tmp_path: Path, monkeypatch, capsys, kind: str):
+    """An archive does not fill the disk, and one that is small is not read for hours."""
+    archive = tmp_path / "videos.tar"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(videos, "UCF101_subset")
+        if kind == "one file":
+            info = member("UCF101_subset/train/A/huge.avi")
+            info.size = (1 << 30) + 1
+            tar.addfile(info)
+            tar.fileobj.write(b"\0" * 512)
+        if kind == "end":
+            tar.fileobj.write(bytes(20 << 20))
+    if kind == "zeros":
+        archive.write_bytes(b"")
+    if kind in ("zeros", "sparse"):
+        os.truncate(archive, 1 << 40)
+    if kind == "many files":
+        usage = shutil.disk_usage(tmp_path)._replace(free=5000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    why = {
+        "one file": "'UCF101_subset/train/A/huge.avi' is larger than --max_video_gb 1",
+        "many files": "there is not enough space",
+        "end": "there is data behind its end",
+        "zeros": "it is empty",
+        "sparse": "there is not enough space",
+    }
+    assert main("archive", archive, tmp_path / "out") == 2
+    assert why[kind] in capsys.readouterr().err
+    assert tree(tmp_path / "tmp") == {}
+
+
 def test_chain_of_links_is_refused(videos: Path, tmp_path: Path, capsys):
     """Links that are harmless one by one, and together lead outside, are stopped as well."""
     members = [
@@ -1007,20 +1197,21 @@ def test_chain_of_links_is_refused(videos: Path, tmp_path: Path, capsys):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-@pytest.mark.parametrize("damage", ["half", "garbled", "missing"])
-def test_broken_archive(videos: Path, tmp_path: Path, capsys, mode: str, damage: str):
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz", "empty", "missing", "huge size"])
+def test_broken_archive(videos: Path, tmp_path: Path, capsys, mode: str):
     """A broken archive is an error with its name, not a traceback and not a smaller dataset."""
     archive = tmp_path / "broken.tar"
-    with tarfile.open(archive, mode) as tar:
-        tar.add(videos, "UCF101_subset")
-    data = archive.read_bytes()
-    half = len(data) // 2
-    archive.write_bytes(data[:half])
-    if damage == "garbled":
-        archive.write_bytes(data[:half] + b"\xff" * half if mode != "w" else b"\xff" * half)
-    if damage == "missing":
-        archive.unlink()
+    if mode.startswith("w"):
+        with tarfile.open(archive, mode) as tar:
+            tar.add(videos, "UCF101_subset")
+        half = archive.stat().st_size // 2
+        archive.write_bytes(archive.read_bytes()[:half] + b"\xff" * half)
+    elif mode == "empty":
+        archive.touch()
+    elif mode == "huge size":
+        info = member("././@PaxHeader", tarfile.XHDTYPE)
+        info.size = 1 << 70
+        archive.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     assert main("archive", archive, tmp_path / "out") == 2
     assert f"{archive} cannot be extracted" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and tree(tmp_path / "tmp") == {}
@@ -1080,17 +1271,81 @@ def test_two_videos_of_one_name(videos: Path, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--archive", "a.tar", "--video_dir", "b"), ("--num_workers", "0"), ("--num_frames", "-1")],
+    [
+        ("--archive", "a.tar", "--video_dir", "b"),
+        ("--num_workers", "0"),
+        ("--num_workers", "257"),
+        ("--num_frames", "-1"),
+        ("--num_frames", "1001"),
+        ("--max_video_gb", "0"),
+        ("--out_dir", ""),
+        ("--video_dir", ""),
+    ],
 )
-def test_wrong_arguments(flags: tuple[str, ...]):
+def test_wrong_arguments(flags: tuple[str, ...], capsys):
     """Flags that contradict each other or make no sense stop at once, with exit code 2."""
     with pytest.raises(SystemExit) as error:
         converter.main(list(flags))
     assert error.value.code == 2
+    assert f"argument {flags[-2]}: " in capsys.readouterr().err
 
 
 def test_out_dir_is_a_file(videos: Path, tmp_path: Path, capsys):
     """An output folder that cannot be made is an error message, not a traceback."""
     (tmp_path / "out").write_text("a file")
-    assert main("video_dir", videos, tmp_path / "out") == 2
-    assert "File exists" in capsys.readouterr().err
+    (tmp_path / "loop").symlink_to("loop")
+    with tarfile.open(tmp_path / "videos.tar", "w") as tar:
+        tar.add(videos, "UCF101_subset")
+    for out in (tmp_path / "out", tmp_path / "out/deeper", tmp_path / "loop"):
+        assert main("archive", tmp_path / "videos.tar", out) == 2
+        assert f"convert_ucf101.py: error: {tmp_path}" in capsys.readouterr().err
+
+
+OTHERS_WORK = {
+    "jsonl": lambda out: (out / "ucf101_val.jsonl").write_text("{}\n"),
+    "image": lambda out: write_video(out / "images/train/A/a1.0.jpg.avi"),
+    "link": lambda out: (out / "images").symlink_to("elsewhere"),
+    "jsonl link": lambda out: (out / "ucf101_test.jsonl").symlink_to("elsewhere"),
+    "jsonl pipe": lambda out: os.mkfifo(out / "ucf101_train.jsonl"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS_WORK)
+def test_work_of_others_is_not_replaced(videos: Path, tmp_path: Path, capsys, kind: str):
+    """An --out_dir that holds a dataset of the user's own is refused, and stays as it is."""
+    out = tmp_path / "out"
+    out.mkdir()
+    OTHERS_WORK[kind](out)
+    (out / ".convert_ucf101.1.0.part").touch()
+    before = {path: path.lstat() for path in out.rglob("*")}
+    assert main("video_dir", videos, out) == 2
+    assert "choose another --out_dir" in capsys.readouterr().err
+    assert {path: path.lstat() for path in out.rglob("*")} == before
+
+
+def test_edited_jsonl_is_not_replaced(videos: Path, tmp_path: Path, capsys):
+    """Where a run of ours wrote, what somebody has changed in a jsonl since stays, too."""
+    out = tmp_path / "out"
+    assert main("video_dir", videos, out) == 0
+    text = (out / "ucf101_val.jsonl").read_text().replace("Classify the", "What is in this")
+    (out / "ucf101_val.jsonl").write_text(text)
+    before = tree(out)
+    write_video(videos / "val/A/new.avi")
+    assert main("video_dir", videos, out) == 2
+    assert f"{out}/ucf101_val.jsonl is not as this script wrote it" in capsys.readouterr().err
+    assert tree(out) == before
+    (out / "ucf101_val.jsonl").rename(tmp_path / "mine.jsonl")
+    assert main("video_dir", videos, out) == 0
+
+
+def test_out_dir_among_the_videos(videos: Path, tmp_path: Path, capsys):
+    """Beside the splits there is room for the result, in them there is not."""
+    before = tree(videos)
+    (tmp_path / "link").symlink_to(videos / "val")
+    for out in (videos / "train/A", videos / "test/../train", tmp_path / "link"):
+        assert main("video_dir", videos, out) == 2
+        assert "among the videos" in capsys.readouterr().err
+    assert tree(videos) == before
+    assert main("video_dir", videos, videos) == 0
+    assert main("video_dir", videos, tmp_path / "out") == 0
+    assert tree(videos) == before | tree(tmp_path / "out")
