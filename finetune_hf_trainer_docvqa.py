@@ -29,7 +29,7 @@ from phi3v.arguments import make_parser, parse_arguments
 from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import check_record
-from phi3v.errors import ConversationError, keep_good
+from phi3v.errors import ConversationError, UniqueIds, keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.failures import LossWatch
 from phi3v.images import check_images
@@ -85,24 +85,40 @@ def from_examples(rows, seed: int, skip_bad: bool) -> Records:
     """Columns image, query {"en"}, answers: one of the answers is the target, drawn by the seed."""
 
     texts = rows.remove_columns("image")
+    ids = UniqueIds("row")
+
+    def where(index: int) -> str:
+        return f"{rows.origin}: docvqa, row {index}"
 
     def make(index: int, images: list) -> dict:
         row = texts[index]
-        where, identifier = f"DocVQA row {index}", f"docvqa-{row.get('id', index)}"
-        if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
-            raise ConversationError(f"{where}: answers must be texts, at least one. Remove it.")
+        if row.get("id", index) in (None, ""):
+            raise ConversationError(f"{where(index)}: id is empty. Give every row one of its own.")
+        if not row["answers"]:
+            raise ConversationError(f"{where(index)}: answers is empty. Remove the row.")
         if not (row["query"] or {}).get("en"):
-            raise ConversationError(f"{where}: query has no text `en`. Remove the row.")
-        turn = {
-            "images": images,
-            "user": f"{row['query']['en']}\nAnswer briefly.",
-            "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
-        }
-        record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
-        return {**check_record(record, where), "answers": row["answers"]}
+            raise ConversationError(f"{where(index)}: query has no text `en`. Remove the row.")
+        identifier = f"docvqa-{row.get('id', index)}"
+        question = f"{row['query']['en']}\nAnswer briefly."
+        records = [
+            check_record(
+                {
+                    "id": identifier,
+                    "source": "docvqa",
+                    "conversations": [{"images": images, "user": question, "assistant": answer}],
+                },
+                where(index),
+            )
+            for answer in row["answers"]
+        ]
+        record = random.Random(f"{seed} {identifier}").choice(records)
+        return {**record, "answers": row["answers"]}
+
+    def check(index: int) -> None:
+        ids.add(make(index, [])["id"], index, where(index))
 
     # All texts are checked before the work starts; images are read when their record is.
-    good = keep_good(range(len(rows)), lambda index: make(index, []), "DocVQA", skip_bad)
+    good = keep_good(range(len(rows)), check, str(rows.origin), skip_bad)
     return Records(good, lambda index: make(index, [rows[index]["image"]]))
 
 

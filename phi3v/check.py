@@ -9,6 +9,8 @@ if the command is wrong.
 """
 
 import argparse
+import os
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -60,6 +62,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"FILE {quoted(str(args.file))} is no file. Check the path.")
     if not args.image_dir.is_dir():
         parser.error(f"--image_dir {quoted(str(args.image_dir))} is no folder. Check the path.")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
+    try:
+        status = _status(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`; Python would print what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
+
+
+def _status(args: argparse.Namespace) -> int:
     try:
         return _check_file(args)
     except ConversationError as error:  # of the file as a whole

@@ -48,6 +48,27 @@ def quoted(value: object) -> str:
     return _short.repr(value)
 
 
+class UniqueIds:
+    """
+    Refuses an id that came before.
+
+    Args:
+        place: what numbers count: "line" or "row".
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        self.first: dict[str, int] = {}
+
+    def add(self, identifier: str, number: int, where: str) -> None:
+        """Raise ConversationError, beginning with `where`, if another number has the id."""
+        if (first := self.first.setdefault(identifier, number)) != number:
+            raise ConversationError(
+                f"{where}: id {quoted(identifier)} is that of {self.place} {first} too. Make ids "
+                "unique."
+            )
+
+
 def find_bad(
     samples: Iterable[tuple[int, T]], check: Callable[[T], object], all_of_them: bool
 ) -> dict[int, str]:

@@ -27,8 +27,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     empty = True
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise ConversationError(f"{path} is {kind}. Give a file of json lines.")
+            found = "a folder" if path.is_dir() else "not a regular file"
+            raise ConversationError(f"{path} is {found}. Give a file of json lines.")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
@@ -112,3 +112,12 @@ def _integer(digits: str) -> int:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def kind(value: object) -> str:
+    """What a json value is, in words."""
+    names = {
+        **{type(None): "null", dict: "an object", list: "a list", str: "a string"},
+        **{bool: "a bool", int: "a whole number", float: "a number"},
+    }
+    return names.get(type(value), str(type(value)))

@@ -5,6 +5,8 @@ A recipe says which columns it reads and how a row becomes a record (see `conver
 """
 
 import functools
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,12 +15,21 @@ import pyarrow.parquet
 from pyarrow.compute import list_value_length
 
 from .conversations import check_record
-from .errors import ConversationError, find_bad, first_line, keep_good, quoted, settle
-from .json_lines import parse_line, read_lines
+from .errors import (
+    ConversationError,
+    UniqueIds,
+    find_bad,
+    first_line,
+    keep_good,
+    settle,
+)
+from .json_lines import kind, parse_line, read_lines
 
 REMEDY = (
     "Give a hub id, a folder of parquet files or one of save_to_disk with --dataset_name_or_path."
 )
+# As `datasets` and the hub name the parts of a split: train-00000-of-00003.parquet.
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-\w+)?\.(?:parquet|arrow|jsonl?|csv|tar)")
 
 
 def load_rows(
@@ -43,13 +54,18 @@ def load_rows(
             or of another type; the message lists what was found and what was expected.
     """
     folder = Path(name_or_path)
+    wanted = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
+    remedy = f"{REMEDY} Expected columns: {wanted}."
     if not folder.exists() and (folder.is_absolute() or name_or_path.startswith(".")):
         # No hub id looks like this, so the hub need not be asked.
         raise ConversationError(
-            f"cannot load split {split!r} of {name_or_path}: there is no such folder. {REMEDY}"
+            f"cannot load split {split!r} of {name_or_path}: there is no such folder. {remedy}"
         )
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    if not saved:
+        _check_shards(folder)
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if saved:
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, datasets.DatasetDict):
                 if split not in rows:
@@ -64,17 +80,17 @@ def load_rows(
     except ConversationError:
         raise
     except Exception as error:  # no network, no such id, no data files, a broken file, no split
+        cause = _cause(folder, saved, error)
         raise ConversationError(
-            f"cannot load split {split!r} of {name_or_path}: {_cause(folder, error)}. {REMEDY}"
+            f"cannot load split {split!r} of {name_or_path}: {cause}. {remedy}"
         ) from error
     if not any(columns <= set(rows.column_names) for columns in layouts):
-        expected = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
         raise ConversationError(
             f"{name_or_path} does not have the right columns. Found: "
-            f"{', '.join(rows.column_names)}. Expected: {expected}."
+            f"{', '.join(rows.column_names)}. Expected: {wanted}."
         )
     if len(rows) == 0:
-        raise ConversationError(f"{name_or_path}: split {split!r} has no rows. {REMEDY}")
+        raise ConversationError(f"{name_or_path}: split {split!r} has no rows. {remedy}")
     for name in sorted(set().union(*layouts) & set(rows.column_names)):
         expected, fits = COLUMN_TYPES.get(name, ("", None))
         if fits and not fits(rows.features[name]):
@@ -87,15 +103,43 @@ def load_rows(
     return rows
 
 
-def _cause(folder: Path, error: Exception) -> str:
+def _check_shards(folder: Path) -> None:
+    """
+    Raise ConversationError where a split's files are not all there, or of two downloads.
+
+    `datasets` loads what it finds.
+    """
+    shards = defaultdict(list)
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and (name := SHARD.fullmatch(path.name)):
+            shards[path.parent / name[1]].append((int(name[2]), int(name[3])))
+    for start, found in shards.items():
+        if sorted(found) != [(index, found[0][1]) for index in range(found[0][1])]:
+            names = ", ".join(f"{index:05}-of-{count:05}" for index, count in sorted(found))
+            raise ConversationError(
+                f"{start}-*: files are missing, or there twice. Found: {names}. Download the "
+                "missing ones; to go on with what is there, rename the files to names without -of-."
+            )
+
+
+def _cause(folder: Path, saved: bool, error: Exception) -> str:
     """What is behind an error of `datasets`, on one line; the broken file, where there is one."""
+    first, odd = None, None
     for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
         try:
-            pyarrow.parquet.read_metadata(path)
+            columns = {(field.name, field.type) for field in pyarrow.parquet.read_schema(path)}
         except Exception as broken:  # not an OSError alone: pyarrow has its own
             return f"{path} is broken ({first_line(broken)}); replace the file"
+        first = first or (path, columns)
+        if names := sorted({name for name, _ in columns ^ first[1]}):
+            odd = f"{path} and {first[0]} differ in the columns {', '.join(names)}; convert one"
     while error.__cause__ is not None:
         error = error.__cause__
+    if saved and not isinstance(error, OSError):
+        return "its files are not those that save_to_disk wrote; save it again"
+    if isinstance(error, TypeError | LookupError | AttributeError | datasets.table.CastError):
+        return odd or "its files do not all hold rows of the same columns and types"
     return first_line(error)
 
 
@@ -184,7 +228,7 @@ def read_fields(
 
     Args:
         fields: that every object has, and of which types.
-        unique: the field that tells objects apart.
+        unique: the field that tells objects apart; 1 and "1" are the same there.
         skip_bad: leave bad lines out and print which, instead of an error for the first.
 
     Raises:
@@ -192,7 +236,7 @@ def read_fields(
             `fields`.
     """
     found: dict[int, tuple[str, dict]] = {}
-    seen: dict[object, int] = {}
+    ids = UniqueIds("line")
 
     def check(numbered: tuple[int, bytes]) -> None:
         number, line = numbered
@@ -205,14 +249,11 @@ def read_fields(
             if not isinstance(row[name], types):
                 types = types if isinstance(types, tuple) else (types,)
                 raise ConversationError(
-                    f"{where}: {name} must be of type {' or '.join(t.__name__ for t in types)}, "
-                    f"not {type(row[name]).__name__}. Correct it."
+                    f"{where}: {name} must be {' or '.join(kind(type()) for type in types)}, not "
+                    f"{kind(row[name])}. Correct it."
                 )
-        if unique and (first := seen.setdefault(row[unique], number)) != number:
-            raise ConversationError(
-                f"{where}: {unique} {quoted(row[unique])} is that of line {first} too. Make it "
-                "unique."
-            )
+        if unique:
+            ids.add(str(row[unique]), number, where)
         found[number] = (where, row)
 
     lines = ((number, (number, line)) for number, line in read_lines(path))
@@ -230,6 +271,8 @@ def cauldron_records(
     name: str,
     indices: Iterable[int] | None = None,
     skip_bad: bool = False,
+    images: int | None = None,
+    check_more: Callable[[dict, str], object] | None = None,
 ) -> Records:
     """
     Records of the_cauldron's layout, one for every question of every row.
@@ -240,9 +283,13 @@ def cauldron_records(
         name: of the task; ids are `<name>-<row>-<question>`.
         indices: the rows to take, all by default.
         skip_bad: leave bad questions out and print which, instead of an error for the first.
+        images: how many every row has; any number but none by default.
+        check_more: what the task asks of a record (without its images), which stands at `where`:
+            called with both, to raise ConversationError.
 
     Raises:
-        ConversationError: a row has no image or no question, or a text is wrong.
+        ConversationError: a row has no or the wrong number of images, no question, or a text is
+            wrong.
     """
     texts = rows.select_columns("texts")
     counts = image_counts(rows)
@@ -254,20 +301,29 @@ def cauldron_records(
     def questions(row: int) -> list[dict]:
         return texts[row]["texts"] or []
 
-    def make(row: int, question: int, images: list) -> dict:
+    def where(row: int, question: int) -> str:
+        return f"{prefix}, row {row}, texts[{question}]"
+
+    def make(row: int, question: int, pictures: list) -> dict:
         text = questions(row)[question]
         if text is None:
-            raise ConversationError(f"{prefix}, row {row}: texts[{question}] is null. Remove it.")
-        turn = {"images": images, "user": text["user"], "assistant": text["assistant"]}
+            raise ConversationError(f"{where(row, question)} is null. Remove it.")
+        turn = {"images": pictures, "user": text["user"], "assistant": text["assistant"]}
         record = {"id": f"{name}-{row}-{question}", "source": name, "conversations": [turn]}
-        return check_record(record, f"{prefix}, row {row}, texts[{question}]")
+        return check_record(record, where(row, question))
 
     def check(key: tuple[int, int]) -> None:
         row, question = key
         if not counts[row] or not questions(row):
             field = "texts" if counts[row] else "images"
             raise ConversationError(f"{prefix}, row {row}: {field} is empty. Remove the row.")
-        make(row, question, [])
+        if images and counts[row] != images:
+            raise ConversationError(
+                f"{prefix}, row {row} has {counts[row]} images, not {images}. Remove the row."
+            )
+        record = make(row, question, [])
+        if check_more:
+            check_more(record, where(row, question))
 
     # A row without questions counts as one bad sample.
     keys = [(row, question) for row in indices for question in range(len(questions(row)) or 1)]

@@ -23,6 +23,7 @@ from phi3v.collators import TrainingCollator
 from phi3v.conversations import (
     ConversationError,
     ImageFolder,
+    LineChecker,
     check_record,
     image_sizes,
     load_conversations,
@@ -72,12 +73,15 @@ def good(identifier: str = "x", *names: str, **changes) -> dict:
     return {"id": identifier, "source": "test", "conversations": [turn]}
 
 
+def as_bytes(line: bytes | str | dict) -> bytes:
+    line = json.dumps(line) if isinstance(line, dict) else line
+    return line if isinstance(line, bytes) else line.encode()
+
+
 def write(tmp_path: Path, *lines: bytes | str | dict) -> Path:
     """A jsonl file."""
-    lines = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
-    lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\n".join(lines))
+    path.write_bytes(b"\n".join(map(as_bytes, lines)))
     return path
 
 
@@ -159,6 +163,14 @@ LINES = {
     "assistant empty": (good(assistant=""), r"\[0\].assistant is empty", "Write an answer"),
     "assistant blank": (good(assistant="\n\t "), r"\[0\].assistant is empty", "Write an answer"),
     "user a number": (good(user=3.5), r"\[0\].user must be a string, not a number", "in quotes"),
+    "id a number": (good(3), "id must be a string, not a whole number", "in quotes"),
+    "a turn's key misspelt": (
+        {**good(), "conversations": [*good()["conversations"], {"user": "a", "assistent": "b"}]},
+        r"conversations\[1\] has the wrong fields \(missing: assistant; unknown: assistent\)",
+        "Required: assistant, user",
+    ),
+    "user null": (good(user=None), r"\[0\].user must be a string, not null", "in quotes"),
+    "an image that is a number": (good(images=[1]), r"must hold paths, not a whole number", ""),
     "images a string": (good(images="a.jpg"), r"\[0\].images must be a list", "Write"),
     "images an object": (good(images={}), r"\[0\].images must be a list", "Write"),
     "an image that is null": (good(images=[None]), r"\[0\].images must hold paths, not null", ""),
@@ -218,15 +230,25 @@ def traps(tmp_path, image_dir):
 
 @pytest.mark.parametrize("kind", LINES)
 def test_lines(tmp_path, image_dir, traps, kind):
-    """File, line, field and way out are named, on one line; and the others go on without it."""
+    """File, line, field and way out are named, on one line; and good lines pass afterwards."""
     line, message, remedy = LINES[kind]
-    path = write(tmp_path, good("first", "a.jpg"), line, good("last"))
+    checker = LineChecker(tmp_path / "data.jsonl", image_dir)
+    checker.check(1, as_bytes(good("first", "a.jpg")))
     with pytest.raises(ConversationError, match=message) as caught:
-        load_conversations(path, image_dir)
+        checker.check(2, as_bytes(line))
     text = str(caught.value)
-    assert text.startswith(f"{path}, line 2") and remedy in text
-    assert "--skip_bad_samples" in text
+    assert text.startswith(f"{tmp_path / 'data.jsonl'}, line 2") and remedy in text
     assert "\n" not in text and len(text) < 1000 and text.encode()
+    assert checker.check(3, as_bytes(good("last")))["id"] == "last"
+
+
+@pytest.mark.parametrize("kind", ["UTF-16", "half a line", "missing image", "id of line 1"])
+def test_lines_of_a_file(tmp_path, image_dir, traps, kind):
+    """The error tells the way to go on without bad lines, and that way leaves out no other line."""
+    line, message, _ = LINES[kind]
+    path = write(tmp_path, good("first", "a.jpg"), line, good("last"))
+    with pytest.raises(ConversationError, match=f"^{path}, line 2.*{message}.*--skip_bad_samples"):
+        load_conversations(path, image_dir)
     assert load_conversations(path, image_dir, skip_bad=True)["id"] == ["first", "last"]
 
 
@@ -396,7 +418,7 @@ def damaged_png() -> bytes:
 
 
 IMAGES = {
-    "text": (b"this is no image", "it is no image"),
+    "text": (b"this is no image", "it is no image of a known format .*JPEG, PNG"),
     "html": (b"<!DOCTYPE html><html>404</html>", "it is no image"),
     "zeros": (bytes(2000), "it is no image"),
     "jpeg header alone": (encoded("JPEG")[:4], "cannot read"),
@@ -406,8 +428,21 @@ IMAGES = {
     "cut png": (cut("PNG"), "truncated|cannot read"),
     "cut gif": (cut("GIF"), "truncated"),
     "cut bmp": (cut("BMP"), "truncated"),
-    "cut tiff": (cut("TIFF"), "cannot read"),
+    "cut tiff": (cut("TIFF"), "truncated|-?[0-9]+ error"),
     "cut webp": (cut("WEBP", lossless=True), "cannot read"),
+    "words in a ppm header": (b"P6\nabc def\n255\n", "its header is broken"),
+    "words in a plain ppm": (b"P3\n2 2\n255\nred green blue white", "it cannot be decoded"),
+    "eps": (encoded("EPS"), "it is no image of a known format"),
+    "pdf": (encoded("PDF"), "it is no image of a known format"),
+    "wmf": (b"\xd7\xcd\xc6\x9a" + bytes(60), "it is no image of a known format"),
+    "16-bit png": (encoded("PNG", Image.new("I;16", (30, 20))), "mode I;16.*magick IN -depth 8"),
+    "16-bit tiff": (encoded("TIFF", Image.new("I;16", (30, 20))), "8 bits per channel .*I;16"),
+    "16-bit jpeg 2000": (encoded("JPEG2000", Image.new("I;16", (30, 20))), "mode I;16"),
+    "16-bit ppm": (b"P5\n2 2\n65535\n" + bytes(8), "8 bits per channel .*mode I"),
+    "10-bit plain ppm": (b"P2\n2 2\n1023\n1 2 3 512", "8 bits per channel .*mode I"),
+    "32-bit tiff": (encoded("TIFF", Image.new("I", (30, 20))), "8 bits per channel .*mode I"),
+    "float tiff": (encoded("TIFF", Image.new("F", (30, 20))), "8 bits per channel .*mode F"),
+    "float ppm": (b"Pf\n2 2\n-1.0\n" + bytes(16), "8 bits per channel .*mode F"),
     "bomb": (bomb(), "absurdly large"),
     "too long": (encoded("PNG", Image.new("L", (1, 5000))), "too long and thin for num_crops=4"),
     "too wide": (encoded("PNG", Image.new("L", (5000, 1))), "too long and thin for num_crops=4"),
@@ -459,7 +494,14 @@ GOOD_IMAGES = {
     "animated png": encoded("PNG", save_all=True, append_images=[noise()]),
     "palette": encoded("PNG", noise().convert("P")),
     "cmyk": encoded("JPEG", noise().convert("CMYK")),
-    "16 bits": encoded("PNG", Image.new("I;16", (30, 20))),
+    "palette with transparency": encoded("PNG", noise().convert("P"), transparency=0),
+    "grey with alpha": encoded("PNG", noise().convert("LA")),
+    "1 bit": encoded("TIFF", noise().convert("1")),
+    "lab": encoded("TIFF", Image.new("LAB", (30, 20), (128, 0, 0))),
+    "tiff of two pages": encoded("TIFF", save_all=True, append_images=[noise()]),
+    "several pictures": encoded("MPO", save_all=True, append_images=[noise()]),
+    **{name: encoded(name) for name in ("AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX", "QOI")},
+    "16-bit colour ppm": b"P6\n2 1\n65535\n" + bytes(range(12)),
 }
 
 
@@ -473,7 +515,8 @@ def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monke
     records = load_conversations(write(tmp_path, good("x", "good")), image_dir)
     assert check_images(records, "train", demo_processor, arguments()) is records
     [image] = load_images(records[0])
-    assert image.convert("RGB").tobytes() == Image.open(path).convert("RGB").tobytes()
+    with Image.open(path) as plain:
+        assert image.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
     assert image_sizes(records[0]) == [image.size]
 
 
@@ -507,7 +550,9 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
         ("/tmp", "/tmp: it is a folder"),
         ("a\0b", "embedded null byte"),
         ("a" * 5000, "File name too long"),
-        (Image.new("La", (2, 2)), "mode La cannot be converted to RGB"),
+        (Image.new("La", (2, 2)), r"8 bits per channel \(Pillow's mode La\)"),
+        (Image.new("I;16B", (2, 2)), r"8 bits per channel \(Pillow's mode I;16B\)"),
+        (Image.new("F", (2, 2)), r"8 bits per channel \(Pillow's mode F\)"),
         (Image.new("RGB", (0, 5)), "0 pixels is empty"),
     ],
 )
@@ -521,6 +566,34 @@ def test_images_of_rows(demo_processor, image, reason):
     ):
         with pytest.raises(ConversationError, match=f"sample 'x'.*{reason}"):
             read()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_no_program_is_started_for_an_image(
+    tmp_path, image_dir, demo_processor, monkeypatch, opened
+):
+    """PostScript with an image's name is not handed to Ghostscript, nor where PIL has opened it."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
+    path = image_dir / "bad.jpg"
+    path.write_bytes(encoded("EPS"))
+    record = check_record(good("x"), "here")
+    record["conversations"][0]["images"] = [Image.open(path) if opened else str(path)]
+    for read in (
+        lambda: check_images([record], "train", demo_processor, arguments()),
+        lambda: images.check_image(
+            record["conversations"][0]["images"][0], "here", demo_processor.image_processor
+        ),
+        lambda: load_images(record),
+        lambda: image_sizes(record),
+    ):
+        with pytest.raises(ConversationError, match="cannot read"):
+            read()
+    assert not (tmp_path / "called").exists()
 
 
 def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, monkeypatch):
@@ -566,8 +639,8 @@ def test_plain_message_of_a_worker(tmp_path, image_dir, demo_processor):
     records = load_conversations(write(tmp_path, good("x-3", "a.jpg")), image_dir)
     (image_dir / "a.jpg").write_bytes(b"overwritten")
     expected = (
-        f"sample 'x-3': cannot read {image_dir / 'a.jpg'}: it is no image, or its first bytes are "
-        "broken. Replace the image or remove the sample."
+        f"sample 'x-3': cannot read {image_dir / 'a.jpg'}: {images.NO_IMAGE}. Replace the image "
+        "or remove the sample."
     )
     for workers in (0, 1):
         loader = DataLoader(
@@ -716,7 +789,10 @@ BAD_ROWS = {
     "images null": ({**row(), "images": None}, "row 1: images is empty"),
     "no texts": ({**row(), "texts": []}, "row 1: texts is empty"),
     "texts null": ({**row(), "texts": None}, "row 1: texts is empty"),
-    "a text that is null": ({**row(), "texts": [None]}, r"row 1(: texts\[0\] is null|, texts)"),
+    "a text that is null": (
+        {**row(), "texts": [None]},
+        r"row 1, texts\[0\]: conversations\[0\].user must be a string, not null",
+    ),
     "user null": (
         cauldron_row(1, 1, (None, "1")),
         r"row 1, texts\[0\]: conversations\[0\].user must be a string, not null",
@@ -764,9 +840,14 @@ def test_rows_that_were_selected_before_they_were_saved(tmp_path):
 FIELDS = {"id": (str, int), "img": str, "label": int}
 BAD_FIELDS = {
     "misspelt": ({"id": 2, "image": "a", "label": 1}, "line 2 does not have the fields img"),
-    "null": ({"id": 2, "img": None, "label": 1}, "line 2: img must be of type str, not NoneType"),
-    "a list": ({"id": [2], "img": "a", "label": 1}, "line 2: id must be of type str or int, not l"),
-    "id of line 1": ({"id": 1, "img": "a", "label": 1}, "line 2: id 1 is that of line 1 too"),
+    "null": ({"id": 2, "img": None, "label": 1}, "line 2: img must be a string, not null"),
+    "a list": (
+        {"id": [2], "img": "a", "label": 1},
+        "line 2: id must be a string or a whole number, not a list",
+    ),
+    "a fraction": ({"id": 1.5, "img": "a", "label": 1}, "line 2: id must be .*, not a number"),
+    "id of line 1": ({"id": 1, "img": "a", "label": 1}, "line 2: id '1' is that of line 1 too"),
+    "id of line 1 as a string": ({"id": "1", "img": "a", "label": 1}, "line 2: id '1' is that of"),
     "a list for an object": ("[1]", "line 2 does not have the fields id, img, label"),
     "not JSON": ("{", "line 2: not JSON"),
 }

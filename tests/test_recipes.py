@@ -147,7 +147,7 @@ def test_nlvr2_cauldron(demo_checkpoint, tmp_path, monkeypatch):
         assert result["answers_unique"] == ["false", "true"]
     bad = write_parquet(tmp_path / "bad", "train", [*rows, cauldron_row(7, 1, ("Same?", "True"))])
     arguments = given(dataset_name_or_path=str(bad), num_eval_rows=2)
-    with pytest.raises(ValueError, match="row 6 has 1 images; NLVR2 has two"):
+    with pytest.raises(ValueError, match="row 6 has 1 images, not 2"):
         recipe("nlvr2").load_datasets(arguments)
 
 
@@ -218,7 +218,7 @@ def test_wrong_texts_are_found_before_the_start(tmp_path):
         recipe("nlvr2").load_datasets(arguments)
     bad = [examples_row(0), {**examples_row(1), "answers": [" "]}]
     folder = write_parquet(tmp_path / "empty", "train", bad)
-    with pytest.raises(ValueError, match="DocVQA row 1.*assistant is empty"):
+    with pytest.raises(ValueError, match="docvqa, row 1.*assistant is empty"):
         recipe("docvqa").load_dataset(given(seed=1), str(folder), "train")
 
 
