@@ -22,6 +22,7 @@ trainer_state.json with the losses, and eval_before.json and eval_after.json wit
 answer, every generated text and its probability.
 """
 
+import os
 from pathlib import Path
 
 from transformers import Trainer
@@ -80,7 +81,7 @@ def get_arguments():
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     folder = Path(args.dataset_name_or_path)
-    if (folder / "train.jsonl").is_file():
+    if os.path.isfile(folder / "train.jsonl"):
         names = ("train.jsonl", args.eval_file)
         return tuple(challenge_records(folder, name, args.skip_bad_samples) for name in names)
     rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "hateful_memes")

@@ -18,6 +18,7 @@ with the losses, and eval_before.json and eval_after.json with the accuracy, eve
 generated text.
 """
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def get_arguments():
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     folder = Path(args.dataset_name_or_path)
-    if (folder / "train.json").is_file():
+    if os.path.isfile(folder / "train.json"):
         images = defaultdict(list)
         for path in sorted(folder.rglob("*-img[01].png")):
             images[path.name].append(str(path))

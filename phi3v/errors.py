@@ -45,7 +45,7 @@ def first_line(error: Exception) -> str:
 
 def quoted(value: object) -> str:
     """A value of the user's for a message: quoted, printable, and never longer than a line."""
-    return _short.repr(value)
+    return _short.repr(value).replace("\n", " ")
 
 
 class UniqueIds:

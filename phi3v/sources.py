@@ -5,6 +5,7 @@ A recipe says which columns it reads and how a row becomes a record (see `conver
 """
 
 import functools
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ REMEDY = (
     "Give a hub id, a folder of parquet files or one of save_to_disk with --dataset_name_or_path."
 )
 # As `datasets` and the hub name the parts of a split: train-00000-of-00003.parquet.
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-\w+)?\.(?:parquet|arrow|jsonl?|csv|tar)")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?!\d).*")
 
 
 def load_rows(
@@ -53,16 +54,16 @@ def load_rows(
         ConversationError: there is no such dataset or split, it is broken, or columns are missing
             or of another type; the message lists what was found and what was expected.
     """
-    folder = Path(name_or_path)
+    folder, local = Path(name_or_path), os.path.isdir(name_or_path)
     wanted = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
     remedy = f"{REMEDY} Expected columns: {wanted}."
-    if not folder.exists() and (folder.is_absolute() or name_or_path.startswith(".")):
+    if not local and (folder.is_absolute() or name_or_path.startswith(".")):
         # No hub id looks like this, so the hub need not be asked.
         raise ConversationError(
             f"cannot load split {split!r} of {name_or_path}: there is no such folder. {remedy}"
         )
-    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-    if not saved:
+    saved = any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
+    if local and not saved:
         _check_shards(folder)
     try:
         if saved:
@@ -75,12 +76,14 @@ def load_rows(
                 rows = rows[split]
         else:
             rows = datasets.load_dataset(
-                name_or_path, None if folder.is_dir() else config, split=split
+                os.path.abspath(folder) if local else name_or_path,  # `datasets` knows no "."
+                None if local else config,
+                split=split,
             )
     except ConversationError:
         raise
     except Exception as error:  # no network, no such id, no data files, a broken file, no split
-        cause = _cause(folder, saved, error)
+        cause = _cause(folder if local else None, saved, error)
         raise ConversationError(
             f"cannot load split {split!r} of {name_or_path}: {cause}. {remedy}"
         ) from error
@@ -110,7 +113,7 @@ def _check_shards(folder: Path) -> None:
     `datasets` loads what it finds.
     """
     shards = defaultdict(list)
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+    for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if not hidden and (name := SHARD.fullmatch(path.name)):
             shards[path.parent / name[1]].append((int(name[2]), int(name[3])))
@@ -123,10 +126,10 @@ def _check_shards(folder: Path) -> None:
             )
 
 
-def _cause(folder: Path, saved: bool, error: Exception) -> str:
+def _cause(folder: Path | None, saved: bool, error: Exception) -> str:
     """What is behind an error of `datasets`, on one line; the broken file, where there is one."""
     first, odd = None, None
-    for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
+    for path in sorted(folder.rglob("*.parquet")) if folder else ():
         try:
             columns = {(field.name, field.type) for field in pyarrow.parquet.read_schema(path)}
         except Exception as broken:  # not an OSError alone: pyarrow has its own
@@ -138,7 +141,8 @@ def _cause(folder: Path, saved: bool, error: Exception) -> str:
         error = error.__cause__
     if saved and not isinstance(error, OSError):
         return "its files are not those that save_to_disk wrote; save it again"
-    if isinstance(error, TypeError | LookupError | AttributeError | datasets.table.CastError):
+    of_python = isinstance(error, TypeError | LookupError | AttributeError) or not str(error)
+    if of_python or isinstance(error, datasets.table.CastError):
         return odd or "its files do not all hold rows of the same columns and types"
     return first_line(error)
 
@@ -148,10 +152,13 @@ def _item(feature: object) -> object:
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
+BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
+
+
 def _is_image(feature: object) -> bool:
     if isinstance(feature, dict):
         return {"bytes", "path"} <= feature.keys()
-    return isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
+    return isinstance(feature, datasets.Image) or feature in BYTES
 
 
 def _is_text(feature: object) -> bool:
