@@ -75,7 +75,8 @@ def get_arguments():
 
 def load_dataset(args, name_or_path: str, split: str) -> Records:
     """Rows of either layout, told apart by their columns."""
-    rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split)
+    flag = "--dataset_name_or_path" if split == "train" else "--eval_dataset_name_or_path"
+    rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split, flag)
     if "texts" in rows.column_names:
         return cauldron_records(rows, "docvqa", skip_bad=args.skip_bad_samples)
     return from_examples(rows, args.seed, args.skip_bad_samples)

@@ -29,7 +29,16 @@ import datasets
 from datasets.utils import tqdm
 from PIL import Image
 
-from .errors import SKIP, ConversationError, UniqueIds, find_bad, on_all_ranks, quoted, settle
+from .errors import (
+    SKIP,
+    ConversationError,
+    UniqueIds,
+    find_bad,
+    no_file,
+    on_all_ranks,
+    quoted,
+    settle,
+)
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .images import MAX_CHECKED, image_size, images_of, read_image
 from .json_lines import kind, parse_line, read_lines
@@ -264,10 +273,8 @@ class ImageFolder:
         else:
             if not inside:
                 problem = f"leaves the image folder {self.folder}. Move the image into it"
-            elif not stat.S_ISREG(info.st_mode):
-                folder = stat.S_ISDIR(info.st_mode)
-                problem = f"is {'a folder' if folder else 'not a regular file'}. Give the path of "
-                problem += "an image"
+            elif found := no_file(info.st_mode):
+                problem = f"is {found}. Give the path of an image"
             elif info.st_size == 0:
                 problem = "is empty (0 bytes). Replace the image or remove the sample"
             else:

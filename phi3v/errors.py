@@ -7,6 +7,7 @@ everywhere, and every rank comes to the same result.
 
 import os
 import reprlib
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -41,6 +42,13 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message, or its name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def no_file(mode: int) -> str | None:
+    """What stands where a regular file should, by its `st_mode`; None if it is one."""
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "not a regular file"
 
 
 def quoted(value: object) -> str:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from .errors import ConversationError, find_bad, first_line, quoted, settle
+from .errors import ConversationError, find_bad, first_line, no_file, quoted, settle
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .processing_phi3_v import Phi3VProcessor
 
@@ -121,9 +120,8 @@ def _open(image: object) -> BinaryIO:
         size = len(image)
     elif isinstance(image, str | os.PathLike):
         info = os.stat(image)
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
-            raise ValueError(f"it is {kind}")
+        if found := no_file(info.st_mode):
+            raise ValueError(f"it is {found}")
         size = info.st_size
     else:
         raise ValueError(f"it is {quoted(image)}, and neither a path nor the bytes of a file")

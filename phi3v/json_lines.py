@@ -2,12 +2,11 @@
 
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ConversationError, quoted
+from .errors import ConversationError, no_file, quoted
 
 # A longer one is no record: a file without line ends, or not a text at all.
 MAX_LINE_BYTES = 64 * 2**20
@@ -26,8 +25,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     empty = True
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            found = "a folder" if path.is_dir() else "not a regular file"
+        if found := no_file(path.stat().st_mode):
             raise ConversationError(f"{path} is {found}. Give a file of json lines.")
         with path.open("rb") as file:
             number = 0

@@ -26,9 +26,6 @@ from .errors import (
 )
 from .json_lines import kind, parse_line, read_lines
 
-REMEDY = (
-    "Give a hub id, a folder of parquet files or one of save_to_disk with --dataset_name_or_path."
-)
 # As `datasets` and the hub name the parts of a split: train-00000-of-00003.parquet.
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?!\d).*")
 
@@ -38,6 +35,7 @@ def load_rows(
     layouts: list[set[str]],
     config: str | None = None,
     split: str = "train",
+    flag: str = "--dataset_name_or_path",
 ) -> datasets.Dataset:
     """
     A split of a hub dataset, or of a local folder in its place: parquet files, or what
@@ -46,6 +44,7 @@ def load_rows(
     Args:
         layouts: the columns that the recipe reads, in every form in which it knows the dataset.
         config: of a hub dataset with several. A folder has one.
+        flag: that `name_or_path` was given with, for messages.
 
     Returns:
         The rows; their attribute `origin` is `name_or_path`.
@@ -56,7 +55,10 @@ def load_rows(
     """
     folder, local = Path(name_or_path), os.path.isdir(name_or_path)
     wanted = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
-    remedy = f"{REMEDY} Expected columns: {wanted}."
+    remedy = (
+        f"Give a hub id, a folder of parquet files or one of save_to_disk with {flag}. Expected "
+        f"columns: {wanted}."
+    )
     if not local and (folder.is_absolute() or name_or_path.startswith(".")):
         # No hub id looks like this, so the hub need not be asked.
         raise ConversationError(

@@ -94,6 +94,13 @@ def test_docvqa_records(tmp_path):
     assert [image.getpixel((5, 5)) for image in images] == [(0, 255, 0)]
 
 
+def test_docvqa_data_that_is_not_there(tmp_path):
+    """The message names the flag that the data was given with."""
+    for split, flag in (("train", " --dataset"), ("test", " --eval_dataset")):
+        with pytest.raises(ConversationError, match=f"split '{split}' of .*{flag}_name_or_path"):
+            recipe("docvqa").load_dataset(given(seed=1), str(tmp_path / "no"), split)
+
+
 def test_docvqa_bad_rows(tmp_path):
     """An id of another row, or an answer that cannot be trained, drawn or not: error or skip."""
     docvqa = recipe("docvqa")
