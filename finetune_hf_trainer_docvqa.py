@@ -95,25 +95,20 @@ def from_examples(rows, seed: int, skip_bad: bool) -> Records:
         row = texts[index]
         if row.get("id", index) in (None, ""):
             raise ConversationError(f"{where(index)}: id is empty. Give every row one of its own.")
-        if not row["answers"]:
-            raise ConversationError(f"{where(index)}: answers is empty. Remove the row.")
+        if not row["answers"] or not all(answer and answer.strip() for answer in row["answers"]):
+            raise ConversationError(
+                f"{where(index)}: answers must be texts, at least one and none empty. Correct it."
+            )
         if not (row["query"] or {}).get("en"):
             raise ConversationError(f"{where(index)}: query has no text `en`. Remove the row.")
         identifier = f"docvqa-{row.get('id', index)}"
-        question = f"{row['query']['en']}\nAnswer briefly."
-        records = [
-            check_record(
-                {
-                    "id": identifier,
-                    "source": "docvqa",
-                    "conversations": [{"images": images, "user": question, "assistant": answer}],
-                },
-                where(index),
-            )
-            for answer in row["answers"]
-        ]
-        record = random.Random(f"{seed} {identifier}").choice(records)
-        return {**record, "answers": row["answers"]}
+        turn = {
+            "images": images,
+            "user": f"{row['query']['en']}\nAnswer briefly.",
+            "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
+        }
+        record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
+        return {**check_record(record, where(index)), "answers": row["answers"]}
 
     def check(index: int) -> None:
         ids.add(make(index, [])["id"], index, where(index))

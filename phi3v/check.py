@@ -135,7 +135,9 @@ def _token_counter(
 
         from .packing import count_tokens
 
-        processor = AutoProcessor.from_pretrained(path, num_crops=args.num_crops)
+        processor = AutoProcessor.from_pretrained(
+            path, num_crops=args.num_crops, trust_remote_code=False
+        )
         if not isinstance(processor, Phi3VProcessor):
             raise ValueError(f"its processor is a {type(processor).__name__}")
     except Exception as error:  # no network, no such folder, a broken file

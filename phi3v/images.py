@@ -94,8 +94,8 @@ def _read(
                 look(opened, file)
         if opened.mode not in MODES:
             raise ValueError(
-                f"it has not 8 bits per channel (Pillow's mode {opened.mode}), and as RGB most of "
-                "it would turn white or black. Convert it, as with `magick IN -depth 8 OUT.png`"
+                f"it is not of 8 bits per channel (Pillow's mode {opened.mode}), and as RGB most "
+                "of it would turn white or black. Convert it: magick IN -depth 8 OUT.png"
             )
         if image_processor is not None:
             image_processor.calc_hd_size(*opened.size)

@@ -120,11 +120,17 @@ def _check_shards(folder: Path) -> None:
         if not hidden and (name := SHARD.fullmatch(path.name)):
             shards[path.parent / name[1]].append((int(name[2]), int(name[3])))
     for start, found in shards.items():
-        if sorted(found) != [(index, found[0][1]) for index in range(found[0][1])]:
-            names = ", ".join(f"{index:05}-of-{count:05}" for index, count in sorted(found))
+        totals = {total for _, total in found}
+        missing = sorted(set(range(max(totals))) - {index for index, _ in found})
+        if missing:
             raise ConversationError(
-                f"{start}-*: files are missing, or there twice. Found: {names}. Download the "
-                "missing ones; to go on with what is there, rename the files to names without -of-."
+                f"{start}-{missing[0]:05}-of-{max(totals):05} is missing ({len(missing)} in all). "
+                "Download it, or give the files that are there names without -of-."
+            )
+        if len(totals) > 1 or len(found) > max(totals):
+            raise ConversationError(
+                f"{start}-*: {len(found)} files for {max(totals)} parts. Remove what is of another "
+                "download."
             )
 
 
@@ -258,7 +264,7 @@ def read_fields(
             if not isinstance(row[name], types):
                 types = types if isinstance(types, tuple) else (types,)
                 raise ConversationError(
-                    f"{where}: {name} must be {' or '.join(kind(type()) for type in types)}, not "
+                    f"{where}: {name} must be {' or '.join(kind(each()) for each in types)}, not "
                     f"{kind(row[name])}. Correct it."
                 )
         if unique:

@@ -768,23 +768,27 @@ SOURCES = {
     ),
     "a shard of three missing": (
         lambda p: shards(p, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet"),
-        "train-.: files are missing.*Found: 00000-of-00003, 00002-of-00003. Download",
+        r"/train-00001-of-00003 is missing \(1 in all\). Download",
     ),
     "a shard missing in a sub-folder": (
         lambda p: shards(p, "data/train-00001-of-00002-0123456789abcdef.parquet"),
-        "data/train-.: files are missing.*Found: 00001-of-00002. Download",
+        "/data/train-00000-of-00002 is missing",
     ),
     "a shard of two downloads": (
         lambda p: shards(p, "train-00000-of-00001-ab.parquet", "train-00000-of-00001-cd.parquet"),
-        "or there twice. Found: 00000-of-00001, 00000-of-00001. Download",
+        "/train-.: 2 files for 1 parts. Remove what is of another download",
     ),
     "a shard and its copy": (
         lambda p: shards(p, *(f"train-00000-of-00001.parquet{end}" for end in ("", ".bak"))),
-        "or there twice. Found: 00000-of-00001, 00000-of-00001. Download",
+        "/train-.: 2 files for 1 parts",
     ),
     "shards of two versions": (
         lambda p: shards(p, *(f"train-{i:05}-of-{n:05}.parquet" for n in (1, 2) for i in range(n))),
-        "or there twice. Found: 00000-of-00001, 00000-of-00002, 00001-of-00002. Download",
+        "/train-.: 3 files for 2 parts",
+    ),
+    "half a version and the rest of another": (
+        lambda p: shards(p, "train-00000-of-00001.parquet", "train-00001-of-00002.parquet"),
+        "/train-.: 2 files for 2 parts",
     ),
     "no rows": (
         lambda p: typed(p, images=[], texts=[]),
@@ -963,6 +967,24 @@ def test_checking_a_bad_file(tmp_path, image_dir, capsys):
     assert "\nimage tokens a sample: min 1,921" in printed
     assert check([str(write(tmp_path, "")), "--image_dir", str(image_dir)]) == 1
     assert "the file has no records" in capsys.readouterr().out
+
+
+def test_checking_runs_no_code_of_a_model_folder(tmp_path, image_dir, monkeypatch, capsys):
+    """Even where somebody answers yes to transformers' question whether to run it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'called')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    path = write(tmp_path, good("a", "b.jpg"))
+    flags = ["--image_dir", str(image_dir), "--model_name_or_path", str(folder)]
+    assert check([str(path), *flags]) == 0
+    assert "cannot be loaded, so only the tokens of images" in capsys.readouterr().out
+    assert not (tmp_path / "called").exists()
 
 
 def test_checking_for_a_reader_that_has_gone(tmp_path, image_dir, monkeypatch):
