@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 1 <= args.num_crops <= 16:
         parser.error(f"--num_crops must be 1 to 16, not {args.num_crops}.")
-    if not args.file.is_file():
+    if not os.path.isfile(args.file):
         parser.error(f"FILE {quoted(str(args.file))} is no file. Check the path.")
-    if not args.image_dir.is_dir():
+    if not os.path.isdir(args.image_dir):
         parser.error(f"--image_dir {quoted(str(args.image_dir))} is no folder. Check the path.")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
     try:

@@ -1014,6 +1014,8 @@ def test_checking_on_a_terminal_of_few_characters(tmp_path, image_dir, monkeypat
         (["data.jsonl"], "--image_dir"),
         (["none.jsonl", "--image_dir", "images"], "FILE 'none.jsonl' is no file"),
         (["data.jsonl", "--image_dir", "no"], "--image_dir 'no' is no folder"),
+        (["a" * 5000, "--image_dir", "images"], "is no file. Check the path"),
+        (["data.jsonl", "--image_dir", "a" * 5000], "is no folder. Check the path"),
         (["data.jsonl", "--image_dir", "images", "--num_crops", "17"], "must be 1 to 16"),
     ],
 )
