@@ -29,7 +29,7 @@ from phi3v.arguments import make_parser, parse_arguments
 from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import check_record
-from phi3v.errors import ConversationError, keep_good
+from phi3v.errors import ConversationError, UniqueIds, keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.failures import LossWatch
 from phi3v.images import check_images
@@ -76,7 +76,8 @@ def get_arguments():
 
 def load_dataset(args, name_or_path: str, split: str) -> Records:
     """Rows of either layout, told apart by their columns."""
-    rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split)
+    flag = "--dataset_name_or_path" if split == "train" else "--eval_dataset_name_or_path"
+    rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split, flag)
     if "texts" in rows.column_names:
         return cauldron_records(rows, "docvqa", skip_bad=args.skip_bad_samples)
     return from_examples(rows, args.seed, args.skip_bad_samples)
@@ -86,24 +87,35 @@ def from_examples(rows, seed: int, skip_bad: bool) -> Records:
     """Columns image, query {"en"}, answers: one of the answers is the target, drawn by the seed."""
 
     texts = rows.remove_columns("image")
+    ids = UniqueIds("row")
+
+    def where(index: int) -> str:
+        return f"{rows.origin}: docvqa, row {index}"
 
     def make(index: int, images: list) -> dict:
         row = texts[index]
-        where, identifier = f"DocVQA row {index}", f"docvqa-{row.get('id', index)}"
-        if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
-            raise ConversationError(f"{where}: answers must be texts, at least one. Remove it.")
+        if row.get("id", index) in (None, ""):
+            raise ConversationError(f"{where(index)}: id is empty. Give every row one of its own.")
+        if not row["answers"] or not all(answer and answer.strip() for answer in row["answers"]):
+            raise ConversationError(
+                f"{where(index)}: answers must be texts, at least one and none empty. Correct it."
+            )
         if not (row["query"] or {}).get("en"):
-            raise ConversationError(f"{where}: query has no text `en`. Remove the row.")
+            raise ConversationError(f"{where(index)}: query has no text `en`. Remove the row.")
+        identifier = f"docvqa-{row.get('id', index)}"
         turn = {
             "images": images,
             "user": f"{row['query']['en']}\nAnswer briefly.",
             "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
         }
         record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
-        return {**check_record(record, where), "answers": row["answers"]}
+        return {**check_record(record, where(index)), "answers": row["answers"]}
+
+    def check(index: int) -> None:
+        ids.add(make(index, [])["id"], index, where(index))
 
     # All texts are checked before the work starts; images are read when their record is.
-    good = keep_good(range(len(rows)), lambda index: make(index, []), "DocVQA", skip_bad)
+    good = keep_good(range(len(rows)), check, str(rows.origin), skip_bad)
     return Records(good, lambda index: make(index, [rows[index]["image"]]))
 
 

@@ -22,6 +22,7 @@ trainer_state.json with the losses, and eval_before.json and eval_after.json wit
 answer, every generated text and its probability.
 """
 
+import os
 from pathlib import Path
 
 from transformers import Trainer
@@ -30,11 +31,11 @@ from phi3v.arguments import make_parser, parse_arguments
 from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ImageFolder, check_record
-from phi3v.errors import ConversationError, keep_good
+from phi3v.errors import ConversationError, keep_good, quoted
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.failures import LossWatch
 from phi3v.images import check_images
-from phi3v.metrics import accuracy, auroc
+from phi3v.metrics import accuracy, auroc, normalise
 from phi3v.packing import fit_lengths
 from phi3v.sources import (
     CAULDRON,
@@ -81,15 +82,26 @@ def get_arguments():
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     folder = Path(args.dataset_name_or_path)
-    if (folder / "train.jsonl").is_file():
+    if os.path.isfile(folder / "train.jsonl"):
         names = ("train.jsonl", args.eval_file)
         return tuple(challenge_records(folder, name, args.skip_bad_samples) for name in names)
     rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "hateful_memes")
     train, evaluation = split_rows(rows, args.num_eval_rows)
-    return (
-        cauldron_records(rows, "hateful_memes", train, args.skip_bad_samples),
-        cauldron_records(rows, "hateful_memes", evaluation, args.skip_bad_samples),
+    return tuple(
+        cauldron_records(
+            rows, "hateful_memes", indices, args.skip_bad_samples, check_more=check_answer
+        )
+        for indices in (train, evaluation)
     )
+
+
+def check_answer(record: dict, where: str):
+    """The metrics know two answers."""
+    answer = record["conversations"][0]["assistant"]
+    if normalise(answer) not in (normalise(YES), normalise(NO)):
+        raise ConversationError(
+            f"{where}: assistant is {quoted(answer)}, not {YES} or {NO}. Correct it."
+        )
 
 
 def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
@@ -114,7 +126,7 @@ def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
 
 
 def metrics(results: list[Result]) -> dict[str, float]:
-    hateful = [result.answers[0] == YES.lower() for result in results]
+    hateful = [result.answers[0] == normalise(YES) for result in results]
     numbers = {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
     if len(set(hateful)) == 2:
         numbers["auroc"] = auroc([result.probability for result in results], hateful)

@@ -18,6 +18,8 @@ with the losses, and eval_before.json and eval_after.json with the accuracy, eve
 generated text.
 """
 
+import os
+from collections import defaultdict
 from pathlib import Path
 
 from transformers import Trainer
@@ -37,7 +39,6 @@ from phi3v.sources import (
     CAULDRON_COLUMNS,
     Records,
     cauldron_records,
-    image_counts,
     load_rows,
     read_fields,
     split_rows,
@@ -77,25 +78,21 @@ def get_arguments():
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     folder = Path(args.dataset_name_or_path)
-    if (folder / "train.json").is_file():
-        images = {path.name: str(path) for path in folder.rglob("*-img[01].png")}
+    if os.path.isfile(folder / "train.json"):
+        images = defaultdict(list)
+        for path in sorted(folder.rglob("*-img[01].png")):
+            images[path.name].append(str(path))
         names = ("train.json", args.eval_file)
         return tuple(official_records(folder / name, images, args) for name in names)
     rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "nlvr2")
-    for index, count in enumerate(image_counts(rows)):
-        if count != 2:
-            raise ConversationError(
-                f"{args.dataset_name_or_path}, row {index} has {count} images; NLVR2 has two. "
-                "Remove the row."
-            )
     train, evaluation = split_rows(rows, args.num_eval_rows)
     return tuple(
-        cauldron_records(rows, "nlvr2", indices, args.skip_bad_samples)
+        cauldron_records(rows, "nlvr2", indices, args.skip_bad_samples, images=2)
         for indices in (train, evaluation)
     )
 
 
-def official_records(path: Path, images: dict[str, str], args) -> Records:
+def official_records(path: Path, images: dict[str, list[str]], args) -> Records:
     """
     The official json lines: sentence, label ("True" or "False"), identifier.
 
@@ -111,12 +108,16 @@ def official_records(path: Path, images: dict[str, str], args) -> Records:
     def make(key: tuple[str, dict]) -> dict:
         where, row = key
         names = image_names(row["identifier"])
-        if missing := [name for name in names if name not in images]:
-            raise ConversationError(f"{where}: no image {missing[0]} below {path.parent}. Add it.")
+        for name in names:
+            if len(found := images.get(name, [])) != 1:
+                raise ConversationError(
+                    f"{where}: needs one image {name} below {path.parent}, and there is "
+                    f"{' and '.join(found) or 'none'}."
+                )
         if str(row["label"]) not in ("True", "False"):
             raise ConversationError(f"{where}: label must be True or False. Correct it.")
         turn = {
-            "images": [images[name] for name in names],
+            "images": [images[name][0] for name in names],
             "user": QUESTION.format(sentence=row["sentence"]),
             "assistant": str(row["label"]),
         }

@@ -9,6 +9,8 @@ if the command is wrong.
 """
 
 import argparse
+import os
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -56,10 +58,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 1 <= args.num_crops <= 16:
         parser.error(f"--num_crops must be 1 to 16, not {args.num_crops}.")
-    if not args.file.is_file():
+    if not os.path.isfile(args.file):
         parser.error(f"FILE {quoted(str(args.file))} is no file. Check the path.")
-    if not args.image_dir.is_dir():
+    if not os.path.isdir(args.image_dir):
         parser.error(f"--image_dir {quoted(str(args.image_dir))} is no folder. Check the path.")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
+    try:
+        status = _status(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`; Python would print what is left when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
+
+
+def _status(args: argparse.Namespace) -> int:
     try:
         return _check_file(args)
     except ConversationError as error:  # of the file as a whole
@@ -122,7 +135,9 @@ def _token_counter(
 
         from .packing import count_tokens
 
-        processor = AutoProcessor.from_pretrained(path, num_crops=args.num_crops)
+        processor = AutoProcessor.from_pretrained(
+            path, num_crops=args.num_crops, trust_remote_code=False
+        )
         if not isinstance(processor, Phi3VProcessor):
             raise ValueError(f"its processor is a {type(processor).__name__}")
     except Exception as error:  # no network, no such folder, a broken file

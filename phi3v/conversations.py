@@ -29,10 +29,19 @@ import datasets
 from datasets.utils import tqdm
 from PIL import Image
 
-from .errors import SKIP, ConversationError, find_bad, on_all_ranks, quoted, settle
+from .errors import (
+    SKIP,
+    ConversationError,
+    UniqueIds,
+    find_bad,
+    no_file,
+    on_all_ranks,
+    quoted,
+    settle,
+)
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .images import MAX_CHECKED, image_size, images_of, read_image
-from .json_lines import parse_line, read_lines
+from .json_lines import kind, parse_line, read_lines
 
 FEATURES = datasets.Features(
     {
@@ -189,7 +198,7 @@ class LineChecker:
     def __init__(self, path: Path, image_dir: Path):
         self.path = path
         self.folder = ImageFolder(image_dir)
-        self.first_line: dict[str, int] = {}
+        self.ids = UniqueIds("line")
 
     def check(self, number: int, line: bytes) -> dict:
         """
@@ -204,10 +213,7 @@ class LineChecker:
         turns = record["conversations"]
         for turn, paths in zip(turns, self.folder.find_all(turns, where), strict=True):
             turn["images"] = paths
-        if (first := self.first_line.setdefault(record["id"], number)) != number:
-            raise ConversationError(
-                f"{where}: id {quoted(record['id'])} is that of line {first} too. Make ids unique."
-            )
+        self.ids.add(record["id"], number, where)
         return record
 
 
@@ -246,7 +252,7 @@ class ImageFolder:
                 `field`.
         """
         if not isinstance(name, str):
-            raise ConversationError(f"{field} must hold paths, not {_kind(name)}.")
+            raise ConversationError(f"{field} must hold paths, not {kind(name)}.")
         # Plain operations on strings: a dataset may have millions of names.
         path = name if name.startswith("/") else self._prefix + name
         try:
@@ -267,9 +273,8 @@ class ImageFolder:
         else:
             if not inside:
                 problem = f"leaves the image folder {self.folder}. Move the image into it"
-            elif not stat.S_ISREG(info.st_mode):
-                kind = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
-                problem = f"is {kind}. Give the path of an image"
+            elif found := no_file(info.st_mode):
+                problem = f"is {found}. Give the path of an image"
             elif info.st_size == 0:
                 problem = "is empty (0 bytes). Replace the image or remove the sample"
             else:
@@ -289,7 +294,7 @@ def check_record(record: object, where: str) -> dict:
     """
     if not isinstance(record, dict):
         raise ConversationError(
-            f"{where}: a record is an object, not {_kind(record)}. Write "
+            f"{where}: a record is an object, not {kind(record)}. Write "
             '{"id": ..., "conversations": [...]}.'
         )
     _check_keys(record, {"id", "conversations"}, {"source"}, where)
@@ -315,8 +320,7 @@ def check_record(record: object, where: str) -> dict:
 def _check_turn(turn: object, where: str) -> dict:
     if not isinstance(turn, dict):
         raise ConversationError(
-            f"{where} must be an object, not {_kind(turn)}. Write "
-            '{"user": ..., "assistant": ...}.'
+            f'{where} must be an object, not {kind(turn)}. Write {{"user": ..., "assistant": ...}}.'
         )
     _check_keys(turn, {"user", "assistant"}, {"images"}, where)
     for field in ("user", "assistant"):
@@ -334,13 +338,13 @@ def _check_turn(turn: object, where: str) -> dict:
     images = turn.get("images")
     images = [] if images is None else images
     if not isinstance(images, list):
-        raise ConversationError(f"{where}.images must be a list, not {_kind(images)}. Write [...].")
+        raise ConversationError(f"{where}.images must be a list, not {kind(images)}. Write [...].")
     return {"images": images, "user": turn["user"], "assistant": turn["assistant"]}
 
 
 def _check_text(text: object, where: str) -> str:
     if not isinstance(text, str):
-        raise ConversationError(f"{where} must be a string, not {_kind(text)}. Write it in quotes.")
+        raise ConversationError(f"{where} must be a string, not {kind(text)}. Write it in quotes.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -362,13 +366,6 @@ def _check_keys(record: dict, required: set[str], optional: set[str], where: str
             f"{where} has the wrong fields ({'; '.join(problems)}). Required: "
             f"{', '.join(sorted(required))}; optional: {', '.join(sorted(optional))}."
         )
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "a bool"}
-    return names.get(
-        type(value), "a number" if isinstance(value, int | float) else str(type(value))
-    )
 
 
 def to_messages(record: dict) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ everywhere, and every rank comes to the same result.
 
 import os
 import reprlib
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -43,9 +44,37 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def no_file(mode: int) -> str | None:
+    """What stands where a regular file should, by its `st_mode`; None if it is one."""
+    if stat.S_ISREG(mode):
+        return None
+    return "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+
+
 def quoted(value: object) -> str:
     """A value of the user's for a message: quoted, printable, and never longer than a line."""
-    return _short.repr(value)
+    return _short.repr(value).replace("\n", " ")
+
+
+class UniqueIds:
+    """
+    Refuses an id that came before.
+
+    Args:
+        place: what numbers count: "line" or "row".
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        self.first: dict[str, int] = {}
+
+    def add(self, identifier: str, number: int, where: str) -> None:
+        """Raise ConversationError, beginning with `where`, if another number has the id."""
+        if (first := self.first.setdefault(identifier, number)) != number:
+            raise ConversationError(
+                f"{where}: id {quoted(identifier)} is that of {self.place} {first} too. Make ids "
+                "unique."
+            )
 
 
 def find_bad(

@@ -6,11 +6,10 @@ it is not sure of.
 """
 
 import argparse
-import functools
+import contextlib
 import io
 import os
-import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from .errors import ConversationError, find_bad, first_line, quoted, settle
+from .errors import ConversationError, find_bad, first_line, no_file, quoted, settle
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .processing_phi3_v import Phi3VProcessor
 
@@ -28,6 +27,17 @@ MAX_CHECKED = 20_000
 # So few are decoded, all of them: that takes seconds, and finds what a header does not show.
 MAX_DECODED = 500
 TAIL_BYTES = 64
+
+# Pillow goes by a file's content alone, and knows formats that are programs: EPS for Ghostscript.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "PCX"),
+    "QOI",
+)
+# The modes whose RGB is what a viewer shows. Pillow clips wider ones (I;16, I, F), to white mostly.
+MODES = {
+    *("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"),
+}
+NO_IMAGE = f"it is no image of a known format ({', '.join(FORMATS)}), or its header is broken"
 
 
 def read_image(
@@ -75,15 +85,18 @@ def _read(
     """Open an image, let `look` at it and its file, and say of any error whose it is."""
     image = undecoded(image)
     try:
-        if isinstance(image, Image.Image):
-            opened = image
-            look(opened, None)
-        else:
-            with _open(image) as file:
-                opened = Image.open(file)
+        with contextlib.nullcontext() if isinstance(image, Image.Image) else _open(image) as file:
+            opened = image if file is None else _identify(file)
+            # MPO is a JPEG of several pictures; an image that was made in memory has no format.
+            if opened.format not in (*FORMATS, "MPO", None):
+                raise ValueError(f"{opened.format} is none of {', '.join(FORMATS)}")
+            with _plain_errors("it cannot be decoded"):
                 look(opened, file)
-        if not _becomes_rgb(opened.mode):
-            raise ValueError(f"its mode {opened.mode} cannot be converted to RGB")
+        if opened.mode not in MODES:
+            raise ValueError(
+                f"it is not of 8 bits per channel (Pillow's mode {opened.mode}), and as RGB most "
+                "of it would turn white or black. Convert it: magick IN -depth 8 OUT.png"
+            )
         if image_processor is not None:
             image_processor.calc_hd_size(*opened.size)
     except Exception as error:  # decoders raise anything
@@ -107,15 +120,30 @@ def _open(image: object) -> BinaryIO:
         size = len(image)
     elif isinstance(image, str | os.PathLike):
         info = os.stat(image)
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
-            raise ValueError(f"it is {kind}")
+        if found := no_file(info.st_mode):
+            raise ValueError(f"it is {found}")
         size = info.st_size
     else:
         raise ValueError(f"it is {quoted(image)}, and neither a path nor the bytes of a file")
     if size == 0:
         raise ValueError("it is empty (0 bytes)")
     return io.BytesIO(image) if isinstance(image, bytes) else Path(image).open("rb")
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    with _plain_errors(NO_IMAGE):
+        return Image.open(file, formats=FORMATS)
+
+
+@contextlib.contextmanager
+def _plain_errors(otherwise: str) -> Iterator[None]:
+    """Decoders raise anything; what Pillow itself says of an image comes by these classes."""
+    try:
+        yield
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        raise ValueError(otherwise) from error
 
 
 def _name(image: object) -> str:
@@ -127,7 +155,7 @@ def _name(image: object) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image, or its first bytes are broken"
+        return NO_IMAGE
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.DecompressionBombError):
@@ -135,15 +163,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)
-
-
-@functools.cache
-def _becomes_rgb(mode: str) -> bool:
-    try:
-        Image.new(mode, (1, 1)).convert("RGB")
-    except ValueError:
-        return False
-    return True
 
 
 def _has_its_end(format: str | None, file: BinaryIO) -> bool:

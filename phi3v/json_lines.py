@@ -2,12 +2,11 @@
 
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ConversationError, quoted
+from .errors import ConversationError, no_file, quoted
 
 # A longer one is no record: a file without line ends, or not a text at all.
 MAX_LINE_BYTES = 64 * 2**20
@@ -26,9 +25,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     empty = True
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise ConversationError(f"{path} is {kind}. Give a file of json lines.")
+        if found := no_file(path.stat().st_mode):
+            raise ConversationError(f"{path} is {found}. Give a file of json lines.")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
@@ -112,3 +110,12 @@ def _integer(digits: str) -> int:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def kind(value: object) -> str:
+    """What a json value is, in words."""
+    names = {
+        **{type(None): "null", dict: "an object", list: "a list", str: "a string"},
+        **{bool: "a bool", int: "a whole number", float: "a number"},
+    }
+    return names.get(type(value), str(type(value)))

@@ -5,6 +5,9 @@ A recipe says which columns it reads and how a row becomes a record (see `conver
 """
 
 import functools
+import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,12 +16,18 @@ import pyarrow.parquet
 from pyarrow.compute import list_value_length
 
 from .conversations import check_record
-from .errors import ConversationError, find_bad, first_line, keep_good, quoted, settle
-from .json_lines import parse_line, read_lines
-
-REMEDY = (
-    "Give a hub id, a folder of parquet files or one of save_to_disk with --dataset_name_or_path."
+from .errors import (
+    ConversationError,
+    UniqueIds,
+    find_bad,
+    first_line,
+    keep_good,
+    settle,
 )
+from .json_lines import kind, parse_line, read_lines
+
+# As `datasets` and the hub name the parts of a split: train-00000-of-00003.parquet.
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?!\d).*")
 
 
 def load_rows(
@@ -26,6 +35,7 @@ def load_rows(
     layouts: list[set[str]],
     config: str | None = None,
     split: str = "train",
+    flag: str = "--dataset_name_or_path",
 ) -> datasets.Dataset:
     """
     A split of a hub dataset, or of a local folder in its place: parquet files, or what
@@ -34,6 +44,7 @@ def load_rows(
     Args:
         layouts: the columns that the recipe reads, in every form in which it knows the dataset.
         config: of a hub dataset with several. A folder has one.
+        flag: that `name_or_path` was given with, for messages.
 
     Returns:
         The rows; their attribute `origin` is `name_or_path`.
@@ -42,14 +53,22 @@ def load_rows(
         ConversationError: there is no such dataset or split, it is broken, or columns are missing
             or of another type; the message lists what was found and what was expected.
     """
-    folder = Path(name_or_path)
-    if not folder.exists() and (folder.is_absolute() or name_or_path.startswith(".")):
+    folder, local = Path(name_or_path), os.path.isdir(name_or_path)
+    wanted = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
+    remedy = (
+        f"Give a hub id, a folder of parquet files or one of save_to_disk with {flag}. Expected "
+        f"columns: {wanted}."
+    )
+    if not local and (folder.is_absolute() or name_or_path.startswith(".")):
         # No hub id looks like this, so the hub need not be asked.
         raise ConversationError(
-            f"cannot load split {split!r} of {name_or_path}: there is no such folder. {REMEDY}"
+            f"cannot load split {split!r} of {name_or_path}: there is no such folder. {remedy}"
         )
+    saved = any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
+    if local and not saved:
+        _check_shards(folder)
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if saved:
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, datasets.DatasetDict):
                 if split not in rows:
@@ -59,22 +78,24 @@ def load_rows(
                 rows = rows[split]
         else:
             rows = datasets.load_dataset(
-                name_or_path, None if folder.is_dir() else config, split=split
+                os.path.abspath(folder) if local else name_or_path,  # `datasets` knows no "."
+                None if local else config,
+                split=split,
             )
     except ConversationError:
         raise
     except Exception as error:  # no network, no such id, no data files, a broken file, no split
+        cause = _cause(folder if local else None, saved, error)
         raise ConversationError(
-            f"cannot load split {split!r} of {name_or_path}: {_cause(folder, error)}. {REMEDY}"
+            f"cannot load split {split!r} of {name_or_path}: {cause}. {remedy}"
         ) from error
     if not any(columns <= set(rows.column_names) for columns in layouts):
-        expected = ", or ".join(", ".join(sorted(columns)) for columns in layouts)
         raise ConversationError(
             f"{name_or_path} does not have the right columns. Found: "
-            f"{', '.join(rows.column_names)}. Expected: {expected}."
+            f"{', '.join(rows.column_names)}. Expected: {wanted}."
         )
     if len(rows) == 0:
-        raise ConversationError(f"{name_or_path}: split {split!r} has no rows. {REMEDY}")
+        raise ConversationError(f"{name_or_path}: split {split!r} has no rows. {remedy}")
     for name in sorted(set().union(*layouts) & set(rows.column_names)):
         expected, fits = COLUMN_TYPES.get(name, ("", None))
         if fits and not fits(rows.features[name]):
@@ -87,15 +108,50 @@ def load_rows(
     return rows
 
 
-def _cause(folder: Path, error: Exception) -> str:
+def _check_shards(folder: Path) -> None:
+    """
+    Raise ConversationError where a split's files are not all there, or of two downloads.
+
+    `datasets` loads what it finds.
+    """
+    shards = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and (name := SHARD.fullmatch(path.name)):
+            shards[path.parent / name[1]].append((int(name[2]), int(name[3])))
+    for start, found in shards.items():
+        totals = {total for _, total in found}
+        missing = sorted(set(range(max(totals))) - {index for index, _ in found})
+        if missing:
+            raise ConversationError(
+                f"{start}-{missing[0]:05}-of-{max(totals):05} is missing ({len(missing)} in all). "
+                "Download it, or give the files that are there names without -of-."
+            )
+        if len(totals) > 1 or len(found) > max(totals):
+            raise ConversationError(
+                f"{start}-*: {len(found)} files for {max(totals)} parts. Remove what is of another "
+                "download."
+            )
+
+
+def _cause(folder: Path | None, saved: bool, error: Exception) -> str:
     """What is behind an error of `datasets`, on one line; the broken file, where there is one."""
-    for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
+    first, odd = None, None
+    for path in sorted(folder.rglob("*.parquet")) if folder else ():
         try:
-            pyarrow.parquet.read_metadata(path)
+            columns = {(field.name, field.type) for field in pyarrow.parquet.read_schema(path)}
         except Exception as broken:  # not an OSError alone: pyarrow has its own
             return f"{path} is broken ({first_line(broken)}); replace the file"
+        first = first or (path, columns)
+        if names := sorted({name for name, _ in columns ^ first[1]}):
+            odd = f"{path} and {first[0]} differ in the columns {', '.join(names)}; convert one"
     while error.__cause__ is not None:
         error = error.__cause__
+    if saved and not isinstance(error, OSError):
+        return "its files are not those that save_to_disk wrote; save it again"
+    of_python = isinstance(error, TypeError | LookupError | AttributeError) or not str(error)
+    if of_python or isinstance(error, datasets.table.CastError):
+        return odd or "its files do not all hold rows of the same columns and types"
     return first_line(error)
 
 
@@ -104,10 +160,13 @@ def _item(feature: object) -> object:
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
 
 
+BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
+
+
 def _is_image(feature: object) -> bool:
     if isinstance(feature, dict):
         return {"bytes", "path"} <= feature.keys()
-    return isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
+    return isinstance(feature, datasets.Image) or feature in BYTES
 
 
 def _is_text(feature: object) -> bool:
@@ -184,7 +243,7 @@ def read_fields(
 
     Args:
         fields: that every object has, and of which types.
-        unique: the field that tells objects apart.
+        unique: the field that tells objects apart; 1 and "1" are the same there.
         skip_bad: leave bad lines out and print which, instead of an error for the first.
 
     Raises:
@@ -192,7 +251,7 @@ def read_fields(
             `fields`.
     """
     found: dict[int, tuple[str, dict]] = {}
-    seen: dict[object, int] = {}
+    ids = UniqueIds("line")
 
     def check(numbered: tuple[int, bytes]) -> None:
         number, line = numbered
@@ -205,14 +264,11 @@ def read_fields(
             if not isinstance(row[name], types):
                 types = types if isinstance(types, tuple) else (types,)
                 raise ConversationError(
-                    f"{where}: {name} must be of type {' or '.join(t.__name__ for t in types)}, "
-                    f"not {type(row[name]).__name__}. Correct it."
+                    f"{where}: {name} must be {' or '.join(kind(each()) for each in types)}, not "
+                    f"{kind(row[name])}. Correct it."
                 )
-        if unique and (first := seen.setdefault(row[unique], number)) != number:
-            raise ConversationError(
-                f"{where}: {unique} {quoted(row[unique])} is that of line {first} too. Make it "
-                "unique."
-            )
+        if unique:
+            ids.add(str(row[unique]), number, where)
         found[number] = (where, row)
 
     lines = ((number, (number, line)) for number, line in read_lines(path))
@@ -230,6 +286,8 @@ def cauldron_records(
     name: str,
     indices: Iterable[int] | None = None,
     skip_bad: bool = False,
+    images: int | None = None,
+    check_more: Callable[[dict, str], object] | None = None,
 ) -> Records:
     """
     Records of the_cauldron's layout, one for every question of every row.
@@ -240,9 +298,13 @@ def cauldron_records(
         name: of the task; ids are `<name>-<row>-<question>`.
         indices: the rows to take, all by default.
         skip_bad: leave bad questions out and print which, instead of an error for the first.
+        images: how many every row has; any number but none by default.
+        check_more: what the task asks of a record (without its images), which stands at `where`:
+            called with both, to raise ConversationError.
 
     Raises:
-        ConversationError: a row has no image or no question, or a text is wrong.
+        ConversationError: a row has no or the wrong number of images, no question, or a text is
+            wrong.
     """
     texts = rows.select_columns("texts")
     counts = image_counts(rows)
@@ -254,20 +316,29 @@ def cauldron_records(
     def questions(row: int) -> list[dict]:
         return texts[row]["texts"] or []
 
-    def make(row: int, question: int, images: list) -> dict:
+    def where(row: int, question: int) -> str:
+        return f"{prefix}, row {row}, texts[{question}]"
+
+    def make(row: int, question: int, pictures: list) -> dict:
         text = questions(row)[question]
         if text is None:
-            raise ConversationError(f"{prefix}, row {row}: texts[{question}] is null. Remove it.")
-        turn = {"images": images, "user": text["user"], "assistant": text["assistant"]}
+            raise ConversationError(f"{where(row, question)} is null. Remove it.")
+        turn = {"images": pictures, "user": text["user"], "assistant": text["assistant"]}
         record = {"id": f"{name}-{row}-{question}", "source": name, "conversations": [turn]}
-        return check_record(record, f"{prefix}, row {row}, texts[{question}]")
+        return check_record(record, where(row, question))
 
     def check(key: tuple[int, int]) -> None:
         row, question = key
         if not counts[row] or not questions(row):
             field = "texts" if counts[row] else "images"
             raise ConversationError(f"{prefix}, row {row}: {field} is empty. Remove the row.")
-        make(row, question, [])
+        if images and counts[row] != images:
+            raise ConversationError(
+                f"{prefix}, row {row} has {counts[row]} images, not {images}. Remove the row."
+            )
+        record = make(row, question, [])
+        if check_more:
+            check_more(record, where(row, question))
 
     # A row without questions counts as one bad sample.
     keys = [(row, question) for row in indices for question in range(len(questions(row)) or 1)]

@@ -71,6 +71,36 @@ def test_docvqa_records(tmp_path):
     assert [image.getpixel((5, 5)) for image in images] == [(0, 255, 0)]
 
 
+def test_docvqa_data_that_is_not_there(tmp_path):
+    """The message names the flag that the data was given with."""
+    for split, flag in (("train", " --dataset"), ("test", " --eval_dataset")):
+        with pytest.raises(ConversationError, match=f"split '{split}' of .*{flag}_name_or_path"):
+            recipe("docvqa").load_dataset(given(seed=1), str(tmp_path / "no"), split)
+
+
+def test_docvqa_bad_rows(tmp_path):
+    """An id of another row, or what cannot be trained, whichever answer is drawn: error or skip."""
+    docvqa = recipe("docvqa")
+    bad = {
+        "row 1: id 'docvqa-page_0' is that of row 0 too": {"id": "page_0"},
+        "row 1: id is empty": {"id": None},
+        "row 1: answers must be texts": {"answers": []},
+        "row 1: answers .* none empty": {"answers": ["a", "b", "c", " "]},
+        "row 1: answers must be .*": {"answers": ["a", "b", "c", None]},
+        r"row 1: .*assistant contains '<\|end\|>'": {"answers": ["<|end|>"]},
+        "row 1: query has no text `en`": {"query": {"en": None, "de": "Welche?"}},
+    }
+    for number, (message, changes) in enumerate(bad.items()):
+        rows = [examples_row(0), {**examples_row(1), **changes}, examples_row(2)]
+        folder = str(write_parquet(tmp_path / str(number), "train", rows))
+        with pytest.raises(ConversationError, match=f"^{folder}: docvqa, {message}"):
+            docvqa.load_dataset(given(seed=1), folder, "train")
+        arguments = given(seed=1)
+        arguments.skip_bad_samples = True
+        kept = docvqa.load_dataset(arguments, folder, "train")
+        assert [record["id"] for record in kept] == ["docvqa-page_0", "docvqa-page_2"]
+
+
 # ---------------------------------------------------------------- Hateful Memes
 
 
@@ -86,6 +116,20 @@ def test_hateful_memes_cauldron(demo_checkpoint, tmp_path, monkeypatch):
         assert result["ids"] == [f"hateful_memes-{i}-0" for i in range(4)]
         assert 0 <= result["accuracy"] <= 1 and 0 <= result["auroc"] <= 1
         assert len(result["probabilities"]) == 4 and all(0 < p < 1 for p in result["probabilities"])
+
+
+def test_hateful_memes_other_answers(tmp_path):
+    """Accuracy and AUROC know Yes and No, however they are written: others are error or skip."""
+    answers = ["Yes", "no.", " No. ", "YES", "Maybe"]
+    rows = [cauldron_row(i, 1, ("Hateful?", answer)) for i, answer in enumerate(answers)]
+    folder = write_parquet(tmp_path / "memes", "train", rows)
+    arguments = given(dataset_name_or_path=str(folder), num_eval_rows=1)
+    message = r"row 4, texts\[0\]: assistant is 'Maybe', not Yes or No"
+    with pytest.raises(ConversationError, match=message):
+        recipe("hateful_memes").load_datasets(arguments)
+    arguments.skip_bad_samples = True
+    train, evaluation = recipe("hateful_memes").load_datasets(arguments)
+    assert len(train) == 3 and len(evaluation) == 1
 
 
 def test_hateful_memes_challenge_files(tmp_path):
@@ -124,8 +168,10 @@ def test_nlvr2_cauldron(demo_checkpoint, tmp_path, monkeypatch):
         assert result["answers_unique"] == ["false", "true"]
     bad = write_parquet(tmp_path / "bad", "train", [*rows, cauldron_row(7, 1, ("Same?", "True"))])
     arguments = given(dataset_name_or_path=str(bad), num_eval_rows=2)
-    with pytest.raises(ValueError, match="row 6 has 1 images; NLVR2 has two"):
+    with pytest.raises(ValueError, match="row 6 has 1 images, not 2"):
         recipe("nlvr2").load_datasets(arguments)
+    arguments.skip_bad_samples = True
+    assert [len(records) for records in recipe("nlvr2").load_datasets(arguments)] == [4, 2]
 
 
 def test_nlvr2_official_files(demo_processor, tmp_path):
@@ -144,8 +190,26 @@ def test_nlvr2_official_files(demo_processor, tmp_path):
     assert turn["user"] == "Two dogs. Is this true or false?" and turn["assistant"] == "True"
     assert TrainingCollator(demo_processor)([train[0]])["pixel_values"].shape[0] == 2
     (tmp_path / "images" / "dev" / "dev-85-0-img1.png").unlink()
-    with pytest.raises(ValueError, match="dev.json, line 1: no image dev-85-0-img1.png"):
+    with pytest.raises(ValueError, match="dev.json, line 1: .* dev-85-0-img1.png .* is none"):
         recipe("nlvr2").load_datasets(arguments)
+
+
+def test_nlvr2_image_in_two_folders(tmp_path):
+    """An image is looked up by its name alone: which of two is meant cannot be known."""
+    rows = [{"sentence": "s", "label": "True", "identifier": f"a-{i}-0-0"} for i in range(2)]
+    for name in ("train.json", "dev.json"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        picture(0).save(tmp_path / folder / "a-1-0-img0.png")
+    for name in ("a-0-0-img0.png", "a-0-0-img1.png", "a-1-0-img1.png"):
+        picture(0).save(tmp_path / "first" / name)
+    arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev.json")
+    with pytest.raises(ConversationError, match="train.json, line 2: .*first/a-1.* and .*second/"):
+        recipe("nlvr2").load_datasets(arguments)
+    arguments.skip_bad_samples = True
+    for records in recipe("nlvr2").load_datasets(arguments):
+        assert [record["id"] for record in records] == ["a-0-0-0"]
 
 
 def test_nothing_is_fetched_for_local_folders(demo_checkpoint, tmp_path, monkeypatch):
@@ -193,10 +257,6 @@ def test_wrong_texts_are_found_before_the_start(tmp_path):
     arguments = given(dataset_name_or_path=str(folder), num_eval_rows=1)
     with pytest.raises(ValueError, match=r"nlvr2, row 2.*user contains '<\|end\|>'"):
         recipe("nlvr2").load_datasets(arguments)
-    bad = [examples_row(0), {**examples_row(1), "answers": [" "]}]
-    folder = write_parquet(tmp_path / "empty", "train", bad)
-    with pytest.raises(ValueError, match="DocVQA row 1.*assistant is empty"):
-        recipe("docvqa").load_dataset(given(seed=1), str(folder), "train")
 
 
 def test_too_few_rows_to_split(tmp_path):
