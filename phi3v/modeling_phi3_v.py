@@ -37,7 +37,7 @@ GLB_GN, SUB_GN = -2, -1
 OFFICIAL_EOS_TOKEN_ID = 2
 STOP_TOKEN_IDS = [32000, 32001, 32007]
 
-# Transformers 5.24 has renamed `past_key_values`, in arguments and outputs; the old name is to go in
+# Transformers 5.24 has renamed `past_key_values`, in arguments and outputs; the old name goes with
 # 5.40. This file travels with checkpoints, so it takes both and hands on the one that is known.
 CACHE = "cache" if "cache" in signature(Phi3Model.forward).parameters else "past_key_values"
 

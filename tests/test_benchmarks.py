@@ -16,7 +16,7 @@ from benchmarks.side_by_side import in_turns, ratios, spread
 from conftest import GOLDEN, REPO
 from golden_util import make_image
 from phi3v import Phi3VImageProcessor
-from phi3v.training import lora_config
+from phi3v.loading import lora_config
 from test_modeling import CASES, WITH_LOSS, case_inputs, check_outputs, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 import plain_flash_attention
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError
+from phi3v.loading import load_processor
 from phi3v.packing import count_tokens, fit_lengths, pack
-from phi3v.training import load_processor, save_model
+from phi3v.training import save_model
 from test_collators import RECORDS, image, record, turn
 from test_training import arguments, make_trainer
 

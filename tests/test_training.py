@@ -21,16 +21,10 @@ from phi3v.arguments import make_parser, parse_arguments
 from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
 from phi3v.failures import RunError
+from phi3v.loading import load_model, load_processor, lora_config
 from phi3v.metrics import accuracy
 from phi3v.throughput import ThroughputCallback
-from phi3v.training import (
-    load_model,
-    load_processor,
-    lora_config,
-    make_training_arguments,
-    save_model,
-    set_learning_rates,
-)
+from phi3v.training import make_training_arguments, save_model, set_learning_rates
 from test_collators import RECORDS, image, record, turn
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
