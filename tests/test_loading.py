@@ -445,8 +445,8 @@ NOT_GREEDY = {
     "lookup": {"prompt_lookup_num_tokens": 3, "assistant_early_exit": 1},
     "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
     "strings": {"stop_strings": ["a", "e", "1"]},
-    "cache": {"use_cache": False, "cache_implementation": "static"},
-    "outputs": {"output_scores": True, "output_hidden_states": True, "output_attentions": True},
+    "cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
 }
 
 
@@ -474,7 +474,5 @@ def test_evaluation_is_greedy(folder, tmp_path, greedy_answers, what):
 def test_evaluation_with_adapters_is_greedy(folder, tmp_path):
     """Nor where PEFT stands between, which hands the base model a config of its own."""
     plain = answers(folder, tmp_path / "a", "--use_lora", "--lora_rank", "4")
-    for fields in NOT_GREEDY.values():
-        edit(folder / GENERATION, **fields)
-    edit(folder / GENERATION, num_beam_groups=1, prompt_lookup_num_tokens=None)
+    edit(folder / GENERATION, **NOT_GREEDY["beams"], **NOT_GREEDY["penalties"])
     assert answers(folder, tmp_path / "b", "--use_lora", "--lora_rank", "4") == plain
