@@ -35,6 +35,7 @@ from phi3v.errors import ConversationError, keep_good, quoted
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.failures import LossWatch
 from phi3v.images import check_images
+from phi3v.loading import load_model, load_processor
 from phi3v.metrics import accuracy, auroc, normalise
 from phi3v.packing import fit_lengths
 from phi3v.sources import (
@@ -49,8 +50,6 @@ from phi3v.sources import (
 from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
     finish_run,
-    load_model,
-    load_processor,
     make_training_arguments,
     save_model,
     set_learning_rates,

@@ -32,6 +32,7 @@ from phi3v.errors import ConversationError, keep_good
 from phi3v.evaluation import EvaluateEvery, Result, evaluate
 from phi3v.failures import LossWatch
 from phi3v.images import check_images
+from phi3v.loading import load_model, load_processor
 from phi3v.metrics import accuracy
 from phi3v.packing import fit_lengths
 from phi3v.sources import (
@@ -46,8 +47,6 @@ from phi3v.sources import (
 from phi3v.throughput import ThroughputCallback
 from phi3v.training import (
     finish_run,
-    load_model,
-    load_processor,
     make_training_arguments,
     save_model,
     set_learning_rates,

@@ -23,7 +23,6 @@ from .errors import ConversationError, plain_message, quoted
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .images import images_of, read_image
 from .json_lines import parse_line, read_lines
-from .processing_phi3_v import Phi3VProcessor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,15 +130,10 @@ def _token_counter(
         return only_images
     try:
         # Imported here: they bring the whole of training with them.
-        from transformers import AutoProcessor
-
+        from .loading import load_processor
         from .packing import count_tokens
 
-        processor = AutoProcessor.from_pretrained(
-            path, num_crops=args.num_crops, trust_remote_code=False
-        )
-        if not isinstance(processor, Phi3VProcessor):
-            raise ValueError(f"its processor is a {type(processor).__name__}")
+        processor = load_processor(args)
     except Exception as error:  # no network, no such folder, a broken file
         print(
             f"--model_name_or_path {path} cannot be loaded, so only the tokens of images are "

@@ -3,15 +3,16 @@
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from . import stopping
@@ -167,10 +168,22 @@ def generate(
     model.eval()
     texts, probabilities = [], []
     choice_ids = _first_tokens(processor, choices) if choices else None
+    greedy = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        eos_token_id=processor.stop_token_ids,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=choices is not None,
+    )
     hidden = trainer.args.disable_tqdm or rank != 0
     with (
         _autocast(trainer),
         _whole_model(trainer),
+        _instead_of_its_own(greedy, model),
         tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
     ):
         for batch in loader:
@@ -185,16 +198,7 @@ def generate(
                     batch.pop("level_values"),
                     batch["image_sizes"],
                 )
-            output = model.generate(
-                **batch,
-                max_new_tokens=args.max_new_tokens,
-                max_length=None,
-                do_sample=False,
-                eos_token_id=processor.stop_token_ids,
-                pad_token_id=processor.tokenizer.pad_token_id,
-                return_dict_in_generate=True,
-                output_logits=choices is not None,
-            )
+            output = model.generate(**batch, generation_config=greedy)
             answers = output.sequences[:, batch["input_ids"].shape[1] :]
             texts += processor.batch_decode(answers, skip_special_tokens=True)
             if choices:
@@ -245,6 +249,22 @@ def _whole_model(trainer: Trainer) -> contextlib.AbstractContextManager:
 
         return deepspeed.zero.GatheredParameters(list(trainer.model.parameters()))
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _instead_of_its_own(config: GenerationConfig, model: torch.nn.Module) -> Iterator[None]:
+    """
+    Hide the generation config that came with the checkpoint: beams, penalties, lengths.
+
+    Handing one to `generate` is not enough: it would take from the model's own whatever that one
+    leaves open (transformers 5.17 to 5.24, `_prepare_generation_config`).
+    """
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, owner.generation_config = owner.generation_config, config
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 def _gather(mine: dict[int, tuple], count: int) -> list[tuple]:

@@ -9,6 +9,7 @@ Shape legend, used in the comments below:
 """
 
 from functools import lru_cache
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,10 @@ GLB_GN, SUB_GN = -2, -1
 # <|end|>.
 OFFICIAL_EOS_TOKEN_ID = 2
 STOP_TOKEN_IDS = [32000, 32001, 32007]
+
+# Transformers 5.24 has renamed `past_key_values`, in arguments and outputs; the old name goes with
+# 5.40. This file travels with checkpoints, so it takes both and hands on the one that is known.
+CACHE = "cache" if "cache" in signature(Phi3Model.forward).parameters else "past_key_values"
 
 
 class Phi3VRotaryEmbedding(Phi3RotaryEmbedding):
@@ -250,8 +255,8 @@ def _put_padding_back(outputs: BaseModelOutputWithPast, paddings: list[int]) -> 
     outputs.last_hidden_state = _turn(outputs.last_hidden_state, paddings, 0)
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(_turn(h, paddings, 0) for h in outputs.hidden_states)
-    if outputs.past_key_values is not None:
-        for layer in outputs.past_key_values.layers:  # (b, heads, s, head_dim)
+    if outputs.get(CACHE) is not None:
+        for layer in outputs[CACHE].layers:  # (b, heads, s, head_dim)
             layer.keys = _turn(layer.keys, paddings, 1)
             layer.values = _turn(layer.values, paddings, 1)
 
@@ -368,6 +373,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         use_cache: bool | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -379,7 +385,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             position_ids: (b, s). By default a row counts from 0 at its first real token.
             pixel_values: (n, k, 3, height, width), the images of all rows one after the other.
             image_sizes: (n, 2), height and width of every image after the HD transform.
+            cache: the same as `past_key_values`, see `CACHE`.
         """
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Set exactly one of input_ids and inputs_embeds.")
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
@@ -391,7 +399,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding
             )
             position_ids = position_ids.clamp(min=0)[:, -length:]
-        paddings = self._paddings(attention_mask, position_ids, past_key_values)
+        paddings = self._paddings(attention_mask, position_ids, cache)
 
         if pixel_values is not None:
             if input_ids is None:
@@ -404,7 +412,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 )
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
 
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         if inputs_embeds is None:
             if past_length == 0:
                 self.images_per_row(input_ids, [])
@@ -421,16 +429,14 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             if any(paddings):
                 inputs_embeds = _turn(inputs_embeds, [-count for count in paddings], 0)
         elif self.config._attn_implementation == "sdpa" and inputs_embeds.shape[1] > 1:
-            attention_mask = self._additive_mask(
-                inputs_embeds, attention_mask, past_key_values, position_ids
-            )
+            attention_mask = self._additive_mask(inputs_embeds, attention_mask, cache, position_ids)
 
         outputs = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         if paddings is not None and any(paddings):
@@ -441,7 +447,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> list[int] | None:
         """
         How many tokens of padding stand before each row, where causal attention alone can do.
@@ -451,7 +457,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         and flash attention does not take the rows out of the batch in every layer.
         """
         implementation = self.config._attn_implementation or ""
-        growing = past_key_values is None or type(past_key_values) is DynamicCache
+        growing = cache is None or type(cache) is DynamicCache
         if (
             attention_mask is None
             or attention_mask.ndim != 2
@@ -474,7 +480,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """
@@ -486,8 +492,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         if mask is None or mask.dtype != torch.bool:
             return attention_mask
@@ -560,6 +566,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         level_values: torch.FloatTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -596,6 +603,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # (b, s, d)
@@ -610,9 +618,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _loss(
@@ -638,24 +646,26 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         attention_mask=None,
         pixel_values=None,
         image_sizes=None,
+        cache=None,
         **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         # Past 4,096 tokens RoPE uses its long factors, for all positions. Keys cached under the
         # short ones do not fit then: drop them, and compute the whole prompt, images included, once
         # more.
-        switches = past_key_values is not None and self._switches_to_long_factors(
-            input_ids, past_key_values.get_seq_length(), attention_mask
+        switches = cache is not None and self._switches_to_long_factors(
+            input_ids, cache.get_seq_length(), attention_mask
         )
         if switches:
-            past_key_values = None
+            cache = None
             kwargs["next_sequence_length"] = None
             kwargs.pop("position_ids", None)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             pixel_values=pixel_values,
             image_sizes=image_sizes,
+            **{CACHE: cache},
             **kwargs,
         )
         if switches:

@@ -1,41 +1,25 @@
-"""What the recipes share around the Trainer: its arguments, the model and its adapters, saving."""
+"""What the recipes share around the Trainer: its arguments, learning rates, saving."""
 
 import argparse
 import json
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from types import FunctionType, MethodType
 
 import datasets
 import torch
 import torch.distributed as dist
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    Trainer,
-    TrainingArguments,
-)
+from peft import PeftModel
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.phi3.modeling_phi3 import (
-    Phi3Attention,
-    Phi3DecoderLayer,
-    Phi3MLP,
-    Phi3RMSNorm,
-)
 
 from . import stopping
 from .distributed import print_first, rank, world_size
 from .failures import RunError, explain_failures
-from .modeling_phi3_v import Phi3VForCausalLM
+from .loading import load_weights
 from .output_folder import OutputFolder
 from .processing_phi3_v import Phi3VProcessor
 
@@ -48,10 +32,6 @@ DECIDED_BY_FLAGS = (
 
 # Half an hour by default, which the other ranks would wait for one that hangs.
 TIMEOUT = timedelta(minutes=10)
-
-LANGUAGE_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-PROJECTION_TARGETS = ["img_projection.0", "img_projection.2"]
 
 
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -232,205 +212,6 @@ def _precision(args: argparse.Namespace, on_gpu: bool) -> str:
     return "fp16 mixed precision" if on_gpu else "float32 (no GPU, so no fp16)"
 
 
-def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
-    """
-    The processor of --model_name_or_path, with --num_crops.
-
-    Raises:
-        RunError: there is none, or the folder is not one of this model.
-    """
-    name = args.model_name_or_path
-    _check_model_folder(Path(name))
-    try:
-        return AutoProcessor.from_pretrained(name, num_crops=args.num_crops)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"--model_name_or_path {name} has no processor that loads: {error}"
-        ) from error
-
-
-def _check_model_folder(folder: Path) -> None:
-    """Raise RunError where a local folder is something else than a checkpoint of this model."""
-    if not folder.is_dir():
-        return  # a hub id
-    flag = f"--model_name_or_path {folder}"
-    if not (folder / "config.json").is_file():
-        adapter = folder / "adapter_config.json"
-        if adapter.is_file():
-            raise RunError(
-                f"{flag} holds an adapter, not a model. Give the folder that --merge_lora wrote."
-            )
-        raise RunError(f"{flag} holds no config.json: it is not a model's folder.")
-    try:
-        model_type = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise RunError(f"{flag}: config.json is broken: {error}") from None
-    if model_type != "phi3_v":
-        raise RunError(f"{flag} is a model of type {model_type!r}, not Phi-3.5-vision's 'phi3_v'.")
-    if not any(folder.glob("*.safetensors")):
-        raise RunError(
-            f"{flag} holds no weights as .safetensors. Others (.bin, .pt) are not loaded, because "
-            "they can run code."
-        )
-
-
-def load_model(
-    args: argparse.Namespace, training_args: TrainingArguments
-) -> Phi3VForCausalLM | PeftModel:
-    """
-    The model as the flags ask for it: its precision and attention, 4-bit, frozen parts, adapters.
-
-    Weights are float32 where the optimizer updates them directly, and in the low precision where
-    DeepSpeed keeps a float32 copy or where they are frozen under adapters.
-    """
-    # Before anything random: the adapters' initialisation has to be the same on every rank and in
-    # every run.
-    transformers.set_seed(args.seed)
-    low = torch.bfloat16 if training_args.bf16 else torch.float16
-    low_precision = training_args.bf16 or training_args.fp16
-    # DeepSpeed's fp16 engine casts the model itself, and keeps what float32 weights hold beyond
-    # fp16's range.
-    mastered = training_args.deepspeed is not None and training_args.bf16
-    quantization = {}
-    if args.use_qlora:
-        compute_dtype = low if low_precision else torch.float32
-        quantization["quantization_config"] = quantization_config(compute_dtype)
-        quantization["device_map"] = {"": training_args.device}
-    model = _load_weights(
-        args.model_name_or_path,
-        dtype=low if low_precision and (mastered or args.use_lora) else torch.float32,
-        attn_implementation="flash_attention_2" if args.use_flash_attention else "sdpa",
-        **quantization,
-    )
-    if args.use_qlora and training_args.device.type == "cpu":
-        # An evaluation would repack the weights for an inference kernel without gradients, and the
-        # training after it would go on with that kernel.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-    if args.use_liger:
-        use_fused_kernels(model)
-    if args.freeze_vision_model:
-        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
-        model.model.vision_embed_tokens.requires_grad_(False)
-    if args.use_lora:
-        model = get_peft_model(model, lora_config(args, model))
-    if args.torch_compile:
-        compile_layers(model)
-    # A shard of ZeRO-3 says in ds_numel how large the whole is.
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    if trained == 0:
-        raise RunError("no parameter is left to train. Drop one of the flags that freeze.")
-    print_first(f"{trained:,} trained parameters")
-    return model
-
-
-def _load_weights(name: str, **kwargs) -> Phi3VForCausalLM:
-    """`from_pretrained`, which would fill in what a checkpoint lacks with random numbers."""
-    flag = f"--model_name_or_path {name}"
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **kwargs
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{flag} does not load: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise RunError(
-            f"{flag} lacks {len(missing)} of the model's tensors, {missing[0]} among them. "
-            "The checkpoint is incomplete."
-        )
-    return model
-
-
-def use_fused_kernels(model: Phi3VForCausalLM) -> None:
-    """
-    Let the decoder's RMSNorm, SwiGLU and RoPE run as one kernel of liger-kernel each.
-
-    Only this model's modules change, not their classes. Liger's fused head and loss has no place
-    here: the head runs at the labels alone.
-    """
-    from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
-
-    def norm(module: Phi3RMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-        return liger_rms_norm(hidden_states, module.weight, module.variance_epsilon)
-
-    def mlp(module: Phi3MLP, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return module.down_proj(liger_swiglu(gate, up))
-
-    # Attention calls RoPE by a name of its file. This is the same code, for which the name means
-    # liger's.
-    original = Phi3Attention.forward
-    names = {**original.__globals__, "apply_rotary_pos_emb": liger_rope}
-    attention = FunctionType(original.__code__, names, argdefs=original.__defaults__)
-
-    fused = {Phi3RMSNorm: norm, Phi3MLP: mlp, Phi3Attention: attention}
-    for module in model.modules():
-        if type(module) in fused:
-            module.forward = MethodType(fused[type(module)], module)
-
-
-def compile_layers(model: Phi3VForCausalLM | PeftModel) -> None:
-    """
-    Compile the decoder's and CLIP's layers for training, one by one and in place: layers of a kind
-    share the compiled code, and tensors keep their names.
-    """
-    # Gradients of one layer are sent while the next is computed, without DDP splitting layers for
-    # it; it cannot split those that are computed again in the backward pass.
-    torch._dynamo.config.optimize_ddp = False
-    # By default 8, for all layers together. Some are needed: one row or several, with padding or
-    # without, input with gradients or without. Past the limit, layers are no longer compiled.
-    torch._dynamo.config.recompile_limit = 32
-    for module in model.modules():
-        if isinstance(module, Phi3DecoderLayer | CLIPEncoderLayer):
-            module.forward = _compiled_in_training(module)
-
-
-def _compiled_in_training(layer: torch.nn.Module) -> Callable:
-    """The layer's forward. Generation is not compiled: its shapes change with every token."""
-    forward = layer.forward
-    compiled = torch.compile(forward, dynamic=True)  # lengths and numbers of crops vary
-
-    def choose(*args, **kwargs):
-        return (compiled if layer.training else forward)(*args, **kwargs)
-
-    return choose
-
-
-def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's 4-bit weights, which are computed with in `compute_dtype`."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype,
-        # Only the decoder's layers are quantised: the rest is small, and its precision matters.
-        llm_int8_skip_modules=["lm_head", "model.vision_embed_tokens"],
-    )
-
-
-def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig:
-    """
-    The recipe's LoRA: all linear layers that run, of the language model alone with
-    --freeze_vision_model.
-    """
-    targets = list(LANGUAGE_TARGETS)
-    if not args.freeze_vision_model:
-        targets += VISION_TARGETS + PROJECTION_TARGETS
-    last = model.config.get_vision_config().num_hidden_layers - 1
-    return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_rank * args.lora_alpha_ratio,
-        lora_dropout=args.lora_dropout,
-        target_modules=targets,
-        # CLIP's last layer is never run, see `Phi3VVisionTower`.
-        exclude_modules=rf".*\.vision_model\.encoder\.layers\.{last}\..*",
-        init_lora_weights="gaussian",
-        task_type="CAUSAL_LM",
-    )
-
-
 def set_learning_rates(trainer: Trainer, args: argparse.Namespace) -> None:
     """
     Give the vision tower and the projector the learning rates of their flags.
@@ -517,11 +298,9 @@ def merge_adapter(args: argparse.Namespace) -> None:
     if rank() != 0 or (output.path / "merged" / "config.json").exists():
         return
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype=merged_dtype(args), trust_remote_code=False
-        )
+        base = load_weights(args.model_name_or_path, dtype=merged_dtype(args))
         merged = PeftModel.from_pretrained(base, output.path).merge_and_unload()
-        processor = AutoProcessor.from_pretrained(output.path, trust_remote_code=False)
+        processor = Phi3VProcessor.from_pretrained(output.path, trust_remote_code=False)
         with output.finished_files("merged") as folder:
             merged.save_pretrained(folder)
             processor.save_pretrained(folder)

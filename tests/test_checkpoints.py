@@ -2,7 +2,6 @@
 
 import errno
 import gc
-import json
 import os
 import pickle
 import shutil
@@ -14,7 +13,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from helpers.records import RECORDS
@@ -27,13 +25,9 @@ from phi3v.checkpoints import (
 )
 from phi3v.collators import TrainingCollator
 from phi3v.failures import LossWatch, RunError, explanation
+from phi3v.loading import load_processor
 from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.training import (
-    _prepare_deepspeed,
-    load_model,
-    load_processor,
-    make_training_arguments,
-)
+from phi3v.training import _prepare_deepspeed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -282,57 +276,3 @@ def test_loss_scale_at_its_minimum():
     LossWatch().on_log(None, None, None, optimizer=optimizer)
     text = explanation(Exception("Current loss scale already at minimum - cannot decrease"))
     assert "fp16 overflows" in text
-
-
-# ---------------------------------------------------------------- model folders
-
-
-def wrong_folder(demo_checkpoint, folder, what: str):
-    shutil.copytree(demo_checkpoint, folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    if what == "adapter":
-        config.rename(folder / "adapter_config.json")
-    elif what == "no config":
-        config.unlink()
-    elif what == "broken config":
-        config.write_text("{")
-    elif what == "other model":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "llama"}))
-    elif what == "pickle":
-        weights.rename(folder / "pytorch_model.bin")
-    elif what == "no tokenizer":
-        for path in folder.glob("*token*"):
-            path.unlink()
-    elif what == "cut weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    else:
-        tensors = load_file(weights)
-        if what == "missing tensor":
-            del tensors["model.norm.weight"]
-        else:
-            tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
-        save_file(tensors, weights, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("adapter", "holds an adapter, not a model. Give the folder that --merge_lora wrote"),
-        ("no config", "holds no config.json: it is not a model's folder"),
-        ("broken config", "config.json is broken"),
-        ("other model", "is a model of type 'llama', not Phi-3.5-vision's 'phi3_v'"),
-        ("pickle", "holds no weights as .safetensors"),
-        ("no tokenizer", "has no processor that loads"),
-        ("cut weights", "does not load"),
-        ("missing tensor", "lacks 1 of the model's tensors, model.norm.weight among them"),
-        ("misshapen tensor", "does not load"),
-    ],
-)
-def test_wrong_model_folders(demo_checkpoint, tmp_path, what, message):
-    """What is not a whole checkpoint of this model is refused, with what is wrong with it."""
-    wrong_folder(demo_checkpoint, tmp_path / "model", what)
-    args = arguments(tmp_path / "model", tmp_path / "out")
-    with pytest.raises(RunError, match=message) as refused:
-        load_processor(args)
-        load_model(args, make_training_arguments(args))
-    assert f"--model_name_or_path {tmp_path / 'model'}" in str(refused.value)

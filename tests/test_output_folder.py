@@ -17,8 +17,9 @@ from helpers.trainers import arguments, make_trainer
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.checkpoints import CheckpointCallback, bytes_to_write, find_checkpoint, run_settings
 from phi3v.failures import RunError
+from phi3v.loading import load_processor
 from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.training import finish_run, load_processor, save_model
+from phi3v.training import finish_run, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -290,7 +291,7 @@ def test_a_merge_that_fails_leaves_the_adapter(demo_checkpoint, output, monkeypa
     """The trained adapter is in the output folder whatever becomes of merged/."""
     adapter = (output / "adapter_model.safetensors").read_bytes()
     owner = {
-        "from_pretrained": "phi3v.training.AutoModelForCausalLM",
+        "from_pretrained": "phi3v.loading.Phi3VForCausalLM",
         "merge_and_unload": "peft.LoraModel",
         "save_pretrained": "phi3v.modeling_phi3_v.Phi3VForCausalLM",
     }[step]

@@ -12,8 +12,9 @@ from helpers.records import MORE
 from helpers.trainers import arguments, make_trainer
 from phi3v.collators import TrainingCollator
 from phi3v.conversations import ConversationError
+from phi3v.loading import load_processor
 from phi3v.packing import count_tokens, fit_lengths, pack
-from phi3v.training import load_processor, save_model
+from phi3v.training import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

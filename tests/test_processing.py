@@ -1,8 +1,6 @@
 """The processors against pixels and ids of the official code, and what goes beyond it."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +8,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
-from conftest import GOLDEN, REPO
+from conftest import GOLDEN
+from demo.make_checkpoint import CHAT_TEMPLATE
 from golden_util import make_image, unrle
 from phi3v import Phi3VImageProcessor, Phi3VProcessor
 
@@ -95,8 +94,14 @@ def test_small_crops_follow_the_crop_size():
 
 
 @pytest.fixture(scope="module")
-def processor(tokenizer_folder):
+def real_processor(tokenizer_folder):
     return AutoProcessor.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture
+def processor(demo_processor):
+    """With the demo's tokenizer, where order, counts and tags are looked at, not ids."""
+    return demo_processor
 
 
 def test_auto_classes_load_the_official_folder(tokenizer_folder):
@@ -108,26 +113,26 @@ def test_auto_classes_load_the_official_folder(tokenizer_folder):
 
 
 @pytest.mark.parametrize("case", TOKENS["cases"], ids=lambda case: case["name"])
-def test_prompt_ids(processor, case):
+def test_prompt_ids(real_processor, case):
     """Template and ids are the official ones, with <|image|> for the negative ids."""
     if case["messages"]:
-        text = processor.apply_chat_template(
+        text = real_processor.apply_chat_template(
             case["messages"], add_generation_prompt=case["add_generation_prompt"]
         )
         assert text == case["text"]
     images = [make_image(spec) for spec in case.get("image_specs") or []]
-    encoded = processor(case["text"], images or None, num_crops=case["num_crops"])
+    encoded = real_processor(case["text"], images or None, num_crops=case["num_crops"])
     golden = [IMAGE if token < 0 else token for token in unrle(case["input_ids_rle"])]
     assert encoded["input_ids"].tolist() == [golden]
     assert encoded["attention_mask"].all()
 
 
 @pytest.mark.parametrize("case", TOKENS["responses"], ids=lambda case: repr(case["text"]))
-def test_response_ids(processor, case):
+def test_response_ids(real_processor, case):
     """Answers tokenize and decode as in the official code."""
-    ids = processor.tokenizer(case["text"], add_special_tokens=False).input_ids
+    ids = real_processor.tokenizer(case["text"], add_special_tokens=False).input_ids
     assert ids == case["input_ids"]
-    assert processor.decode(ids, skip_special_tokens=True) == case["decode_skip_special"]
+    assert real_processor.decode(ids, skip_special_tokens=True) == case["decode_skip_special"]
 
 
 def test_several_texts_with_their_own_images(processor):
@@ -184,12 +189,12 @@ def test_image_tags_are_not_held_in_memory(processor):
         tags[1_000_000]
 
 
-def test_saved_processor(processor, tmp_path):
+def test_saved_processor(demo_checkpoint, tmp_path):
     """A saved folder has what older code and other engines read, and loads as it was."""
-    processor.image_processor.num_crops = 7
+    processor = AutoProcessor.from_pretrained(demo_checkpoint, num_crops=7)
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert saved["num_crops"] == 7 and saved["num_img_tokens"] == 144
+    assert saved["num_crops"] == 7 and saved["num_img_tokens"] == 4
     assert saved["processor_class"] == "Phi3VProcessor"
     assert saved["auto_map"] == {
         "AutoImageProcessor": "image_processing_phi3_v.Phi3VImageProcessor",
@@ -197,37 +202,6 @@ def test_saved_processor(processor, tmp_path):
     }
     again = AutoProcessor.from_pretrained(tmp_path)
     assert again.image_processor.num_crops == 7
-    assert again.chat_template == processor.chat_template == TOKENS["chat_template"]
-    assert again.stop_token_ids == [32000, 32001, 32007]
-
-
-@pytest.mark.slow
-def test_saved_processor_works_without_this_package(processor, tmp_path):
-    """The code files that travel with a processor are enough for plain transformers."""
-    processor.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "config.json").write_text((GOLDEN / "config_full.json").read_text())
-    script = (
-        "import sys; from PIL import Image; from transformers import AutoProcessor\n"
-        "processor = AutoProcessor.from_pretrained('saved', trust_remote_code=True, num_crops=4)\n"
-        "assert 'phi3v' not in sys.modules\n"
-        "out = processor('<|image_1|> x', [Image.new('RGB', (60, 40))])\n"
-        "print(type(processor).__module__.split('.')[0], tuple(out['pixel_values'].shape))"
-    )
-    env = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "transformers_modules (1, 5, 3, 336, 336)"
-
-
-def test_travelling_files_import_nothing_of_the_project():
-    """They import each other at most: they work alone in a checkpoint's folder."""
-    names = ["resize", "levels"] + [
-        f"{name}_phi3_v" for name in ("configuration", "modeling", "image_processing", "processing")
-    ]
-    for name in names:
-        source = (REPO / "phi3v" / f"{name}.py").read_text()
-        relative = [line.split()[1] for line in source.splitlines() if line.startswith("from .")]
-        assert {module[1:] for module in relative} <= set(names), name
-        assert "import phi3v" not in source and "from phi3v" not in source
+    assert again.chat_template == processor.chat_template == CHAT_TEMPLATE
+    assert again.stop_token_ids == processor.stop_token_ids
+    assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()

@@ -16,8 +16,8 @@ from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
 from phi3v.collators import TrainingCollator
 from phi3v.failures import RunError
+from phi3v.loading import load_processor, lora_config
 from phi3v.throughput import COUNTED, ThroughputCallback, count_batch, peak_flops, training_flops
-from phi3v.training import load_processor, lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

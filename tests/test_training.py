@@ -24,12 +24,10 @@ from phi3v.arguments import RANGES, make_parser, parse_arguments
 from phi3v.collators import GenerationCollator, TrainingCollator
 from phi3v.evaluation import evaluate, generate
 from phi3v.failures import RunError
+from phi3v.loading import load_model, load_processor, lora_config
 from phi3v.metrics import accuracy
 from phi3v.training import (
     finish_run,
-    load_model,
-    load_processor,
-    lora_config,
     make_training_arguments,
     save_model,
     set_learning_rates,

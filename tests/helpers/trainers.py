@@ -8,8 +8,9 @@ from transformers import Trainer
 from helpers.records import RECORDS
 from phi3v.arguments import make_parser, parse_arguments
 from phi3v.collators import TrainingCollator
+from phi3v.loading import load_model, load_processor
 from phi3v.throughput import ThroughputCallback
-from phi3v.training import load_model, load_processor, make_training_arguments
+from phi3v.training import make_training_arguments
 
 
 def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:

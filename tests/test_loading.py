@@ -1,0 +1,478 @@
+"""Model folders: whole ones load, others are refused with one line, and none runs code."""
+
+import builtins
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import GOLDEN
+from phi3v import Phi3VProcessor
+from phi3v.evaluation import generate
+from phi3v.failures import RunError
+from phi3v.loading import load_processor, load_weights
+from test_collators import RECORDS
+from test_training import arguments, make_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+NORM = "model.norm.weight"
+
+
+def edit(path: Path, **fields) -> None:
+    """Set fields of a JSON file; those inside another are named with two underscores."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in fields.items():
+        *outer, last = name.split("__")
+        place = content
+        for key in outer:
+            place = place[key]
+        place[last] = value
+    path.write_text(json.dumps(content))
+
+
+def config(**fields) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", **fields)
+
+
+def image_processor(**fields) -> Callable[[Path], None]:
+    """In both files that describe it."""
+
+    def change(folder):
+        edit(folder / "preprocessor_config.json", **fields)
+        inside = {f"image_processor__{name}": value for name, value in fields.items()}
+        edit(folder / "processor_config.json", **inside)
+
+    return change
+
+
+def write(name: str, text: str | bytes) -> Callable[[Path], object]:
+    content = text if isinstance(text, bytes) else text.encode()
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    return lambda folder: [path.unlink() for path in folder.glob(pattern)] and None
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def rewrite(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
+def norm(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return weights(lambda tensors: tensors.update({NORM: change(tensors[NORM])}))
+
+
+def one(value: float) -> Callable[[Path], None]:
+    """One value of a tensor."""
+    return norm(lambda tensor: torch.cat([tensor[:-1], tensor.new_tensor([value])]))
+
+
+def third_layer(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+        tensors[name.replace("layers.1.", "layers.2.")] = tensors[name].clone()
+
+
+def in_shards(folder: Path) -> dict[str, str]:
+    """Move the weights to two files with an index; its weight map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[:30], names[30:]), start=1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    edit(folder / "model.safetensors.index.json", metadata={}, weight_map=weight_map)
+    return weight_map
+
+
+def moved_shard(place: Callable[[Path, Path], str]) -> Callable[[Path], None]:
+    """A shard is moved out of the folder; `place` makes what the index says of it."""
+
+    def move(folder):
+        weight_map = in_shards(folder)
+        file = weight_map[NORM]
+        outside = Path(shutil.move(folder / file, folder.parent / "outside.safetensors"))
+        named = place(folder, outside)
+        weight_map = {name: named if old == file else old for name, old in weight_map.items()}
+        edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+
+    return move
+
+
+def linked(folder: Path, outside: Path) -> str:
+    (folder / "linked.safetensors").symlink_to(outside)
+    return "linked.safetensors"
+
+
+def pickled(folder: Path, outside: Path) -> str:
+    torch.save(load_file(outside), folder / "pytorch_model.bin")
+    return "pytorch_model.bin"
+
+
+def index(**fields) -> Callable[[Path], None]:
+    return lambda folder: (
+        in_shards(folder) and edit(folder / "model.safetensors.index.json", **fields)
+    )
+
+
+def without_token(token: str) -> Callable[[Path], None]:
+    def change(folder):
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != token]
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+def template(text: str) -> Callable[[Path], object]:
+    return write("chat_template.jinja", text)
+
+
+LLAMA = "{% for m in messages %}<|start_header_id|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+CLIP, FACTORS = "img_processor__clip_config", "rope_scaling__long_factor"
+GENERATION, INDEX = "generation_config.json", "model.safetensors.index.json"
+
+WRONG = {
+    "adapter": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        "holds an adapter, not a model. Give the folder that --merge_lora wrote",
+    ),
+    "adapter beside a model": (write("adapter_config.json", "{}"), "holds an adapter"),
+    "no config": (remove("config.json"), "holds no config.json: it is not a model's folder"),
+    "broken config": (write("config.json", "{"), "config.json is broken"),
+    "config in another encoding": (write("config.json", b"\xff\xfe{"), "config.json is broken"),
+    "other model": (
+        config(model_type="llama"),
+        "is a model of type 'llama', not Phi-3.5-vision's 'phi3_v'",
+    ),
+    "hidden size a string": (config(hidden_size="128"), "'hidden_size' expected int, got str"),
+    "hidden size null": (config(hidden_size=None), "'hidden_size' expected int, got None"),
+    "0 heads": (config(num_attention_heads=0), "config.json"),
+    "0 positions": (config(max_position_embeddings=0), "max_position_embeddings is 0"),
+    "use_cache a string": (config(use_cache="no"), "'use_cache' expected bool"),
+    "dropout NaN": (config(attention_dropout=float("nan")), "attention_dropout has to be"),
+    "theta 0": (config(rope_theta=0), "rope_theta is 0"),
+    "factors 0": (config(**{FACTORS: [0.0] * 16}), r"long_factor\[0\] is 0.0"),
+    "factors NaN": (config(**{FACTORS: [float("nan")] * 16}), r"long_factor\[0\] is nan"),
+    "factors too few": (config(**{FACTORS: [1.0]}), "long_factor field must have length 16, got 1"),
+    "no rope scaling": (config(rope_scaling=None), "rope_scaling has to be of type su"),
+    "tied embeddings": (config(tie_word_embeddings=True), "tie_word_embeddings has to be false"),
+    "quantised": (
+        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "has a quantization_config",
+    ),
+    "image token of another id": (
+        config(image_token_id=5),
+        "image_token_id is 5, and <|image|> is",
+    ),
+    "img_processor a string": (config(img_processor="clip"), "config.json cannot be used"),
+    "clip a list": (config(**{CLIP: [1]}), "config.json cannot be used"),
+    "clip field of no such name": (
+        config(**{f"{CLIP}__layers": 3}),
+        "clip_config has no field 'layers'",
+    ),
+    "clip patch 0": (config(**{f"{CLIP}__patch_size": 0}), "img_processor's patch_size is 0"),
+    "clip hidden size 0": (config(**{f"{CLIP}__hidden_size": 0}), "hidden_size is 0"),
+    "field that shadows a method": (config(to_dict=5), "does not belong there: to_dict"),
+    "3 tokens a crop": (config(img_processor__num_img_tokens=3), "vision tower makes 4 of a crop"),
+    "no tokenizer": (remove("*token*"), "the tokenizer's and processor's files cannot be used"),
+    "no <|image|>": (without_token("<|image|>"), r"lacks the token <\|image\|>"),
+    "no <|user|>": (without_token("<|user|>"), r"lacks the token <\|user\|>"),
+    "bos of its own": (
+        lambda folder: edit(folder / "tokenizer_config.json", bos_token="my own"),
+        "the tokenizer has ids up to .* vocab_size",
+    ),
+    "no padding token": (
+        lambda folder: edit(folder / "tokenizer_config.json", pad_token=None),
+        "names no pad_token",
+    ),
+    "template of Llama": (template(LLAMA), "chat template is not Phi-3.5-vision's"),
+    "template without end": (template(ENDLESS), "the chat template cannot be used: it is not done"),
+    "template that raises": (template("{{ raise_exception('no') }}"), "chat template .* no$"),
+    "template that calls Python": (template("{{ ''.__class__() }}"), "chat template .*unsafe"),
+    "template without content": (template("<|user|>"), "chat template is not Phi-3.5-vision's"),
+    "processor a list": (write("processor_config.json", "[1]"), "processor_config.json is broken"),
+    "mean NaN": (image_processor(image_mean=[float("nan")] * 3), "pixels are not finite"),
+    "std 0": (image_processor(image_std=[0.0] * 3), "files cannot be used|pixels are not finite"),
+    "mean of two": (image_processor(image_mean=[0.5] * 2), "processor's files cannot be used"),
+    "crop 57": (image_processor(crop_size={"height": 57, "width": 57}), "crop_size is 57 x 57"),
+    "crop 112": (image_processor(crop_size={"height": 112, "width": 112}), "crop_size is 112 x"),
+    "crop null": (image_processor(crop_size=None), "processor's files cannot be used"),
+    "patch size 1": (image_processor(patch_size=1), "image processor's num_img_tokens is 784"),
+    "generation a list": (write(GENERATION, "[1]"), "generation_config.json is broken"),
+    "generation null": (write(GENERATION, "null"), "generation_config.json is broken"),
+    "generation of no such cache": (
+        write(GENERATION, '{"cache_implementation": "mine"}'),
+        "generation_config.json cannot be used",
+    ),
+    "pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "holds no weights as .safetensors",
+    ),
+    "cut weights": (
+        lambda folder: write(
+            "model.safetensors", (folder / "model.safetensors").read_bytes()[:-100]
+        )(folder),
+        "model.safetensors cannot be used",
+    ),
+    "missing tensor": (
+        weights(lambda tensors: tensors.pop(NORM)),
+        f"lacks 1 of the model's tensors, {NORM} among them",
+    ),
+    "misshapen tensor": (norm(lambda tensor: tensor[:-1].clone()), rf"{NORM} is of shape \[127\]"),
+    "extra tensor": (
+        weights(lambda tensors: tensors.update(extra=torch.ones(2))),
+        "holds extra, which this model does not have",
+    ),
+    "extra layer": (weights(third_layer), "num_hidden_layers is 2, but the weights have 3 layers"),
+    "a billion layers": (config(num_hidden_layers=10**9), "but the weights have 2 layers"),
+    "a billion layers of clip": (
+        config(**{f"{CLIP}__num_hidden_layers": 10**9}),
+        "img_processor's num_hidden_layers is 1000000000, but the weights have 3 layers",
+    ),
+    "whole numbers": (norm(torch.Tensor.long), f"{NORM} is of type I64"),
+    "bytes": (norm(torch.Tensor.byte), f"{NORM} is of type U8"),
+    "booleans": (norm(torch.Tensor.bool), f"{NORM} is of type BOOL"),
+    "complex numbers": (norm(lambda tensor: tensor.to(torch.complex64)), f"{NORM} is of type C64"),
+    "not a number": (one(float("nan")), f"{NORM} holds values from nan"),
+    "infinite": (one(float("-inf")), f"{NORM} holds values from -inf"),
+    "shard at an absolute path": (
+        moved_shard(lambda folder, outside: str(outside)),
+        "names a file outside the folder: '/",
+    ),
+    "shard in the folder above": (
+        moved_shard(lambda folder, outside: f"../{outside.name}"),
+        "names a file outside the folder: '../",
+    ),
+    "shard behind a link": (moved_shard(linked), "names a file outside the folder"),
+    "shard that is a pickle": (moved_shard(pickled), "no such .safetensors file"),
+    "shard missing": (moved_shard(lambda folder, outside: "gone.safetensors"), "no such .safetens"),
+    "tensor in two shards": (
+        lambda folder: (
+            in_shards(folder)
+            and shutil.copy(
+                folder / "model-00002-of-00002.safetensors",
+                folder / "model-00003-of-00002.safetensors",
+            )
+            and edit(folder / INDEX, weight_map__more="model-00003-of-00002.safetensors")
+        ),
+        "is in model-00002-of-00002.safetensors and in model-00003",
+    ),
+    "index a list": (lambda folder: in_shards(folder) and write(INDEX, "[]")(folder), "is broken"),
+    "index of numbers": (index(weight_map={NORM: 5}), "names a file outside the folder: 5"),
+    "index without a map": (index(weight_map=[1]), f"{INDEX} cannot be used"),
+}
+
+
+@pytest.fixture
+def folder(demo_checkpoint, tmp_path):
+    return shutil.copytree(demo_checkpoint, tmp_path / "model")
+
+
+def load(name: str | Path) -> tuple[Phi3VProcessor, torch.nn.Module]:
+    processor = load_processor(arguments(name, "unused"))
+    return processor, load_weights(str(name), torch.float32)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_model_folders(folder, monkeypatch, what):
+    """
+    What is not a whole checkpoint of this model is refused in one line that names the folder, the
+    file and what is wrong with it.
+    """
+    monkeypatch.setattr("phi3v.loading.RENDERING_LIMIT", 1)
+    change, message = WRONG[what]
+    change(folder)
+    with pytest.raises(RunError, match=message) as refused:
+        load(folder)
+    text = str(refused.value)
+    assert text.startswith(f"--model_name_or_path {folder}") and "\n" not in text
+    assert len(text) < 1000 and "object is not" not in text
+
+
+def test_no_such_folder(tmp_path, monkeypatch):
+    """Neither a folder nor a hub id, or a file: said in the user's words."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "file").touch()
+    for name, message in [
+        ("./gone", "there is no such folder"),
+        (tmp_path / "file", "is a file. Give the folder"),
+    ]:
+        with pytest.raises(RunError, match=f"--model_name_or_path {name}.*{message}"):
+            load_processor(arguments(name, "unused"))
+
+
+def test_values_beyond_fp16(folder):
+    """What float32 holds and fp16 does not is found where the model is computed in fp16."""
+    one(1e5)(folder)
+    load_weights(str(folder), torch.float32)
+    for precision in (
+        {"dtype": torch.float16},
+        {"dtype": torch.float32, "computed_in": torch.half},
+    ):
+        with pytest.raises(RunError, match=f"{NORM} holds values from .* which torch.float16"):
+            load_weights(str(folder), **precision)
+
+
+def test_ranks_share_the_values(folder, monkeypatch):
+    """Every tensor is looked at by one of a machine's ranks."""
+    one(float("nan"))(folder)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    found = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        try:
+            load_weights(str(folder), torch.float32)
+        except RunError:
+            found.append(rank)
+    assert len(found) == 1
+
+
+def test_folders_that_load(folder, demo_checkpoint):
+    """Shards, a system prompt in the template, and an index's link inside the folder are fine."""
+    _, whole = load(folder)
+    weight_map = in_shards(folder)
+    file = weight_map[NORM]
+    (folder / file).rename(folder / "blob")
+    (folder / file).symlink_to(folder / "blob")
+    text = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("<|system|>\nBe brief.<|end|>\n" + text)
+    _, sharded = load(folder)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(sharded.state_dict()[name], tensor), name
+
+
+def test_hub_cache(folder, tmp_path, monkeypatch):
+    """A hub id loads from the cache, whose files are links, under the same checks and its name."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    in_shards(folder)
+    repository = tmp_path / "hub" / "models--someone--model"
+    for part in ("refs", "blobs", "snapshots/abc"):
+        (repository / part).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    for path in list(folder.iterdir()):
+        shutil.move(path, repository / "blobs" / path.name)
+        (repository / "snapshots/abc" / path.name).symlink_to(repository / "blobs" / path.name)
+    processor, model = load("someone/model")
+    assert type(processor) is Phi3VProcessor and model.name_or_path == "someone/model"
+    edit(repository / "blobs" / "config.json", num_hidden_layers=3)
+    with pytest.raises(RunError, match="--model_name_or_path someone/model: config.json"):
+        load("someone/model")
+
+
+def test_official_folder(tokenizer_folder, tmp_path):
+    """The hub's files, auto_map included, load as our classes; without weights, it says so."""
+    shutil.copytree(tokenizer_folder, tmp_path / "official")
+    shutil.copy(GOLDEN / "config_full.json", tmp_path / "official" / "config.json")
+    processor = load_processor(arguments(tmp_path / "official", "unused", "--num_crops", "16"))
+    assert type(processor) is Phi3VProcessor and processor.image_processor.num_crops == 16
+    with pytest.raises(RunError, match="holds no weights as .safetensors"):
+        load_weights(str(tmp_path / "official"), torch.float32)
+
+
+CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: pass\n"
+
+
+@pytest.mark.parametrize(
+    "named_in", ["tokenizer", "tokenizer alone", "processor", "image processor", "config"]
+)
+def test_no_code_of_a_folder_runs(folder, tmp_path, monkeypatch, named_in):
+    """
+    A folder that names classes of its own never runs them, whatever is answered to the question
+    that transformers would ask.
+    """
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda prompt="": asked.append(prompt) or "y")
+    (folder / "evil.py").write_text(CODE.format(marker=str(tmp_path / "pwned")))
+    if named_in.startswith("tokenizer"):
+        edit(
+            folder / "tokenizer_config.json",
+            tokenizer_class="Evil",
+            auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        )
+        if named_in == "tokenizer alone":
+            remove("*processor_config.json")(folder)
+    else:
+        auto_map = {
+            kind: "evil.Evil"
+            for kind in (
+                "AutoConfig",
+                "AutoModelForCausalLM",
+                "AutoProcessor",
+                "AutoImageProcessor",
+            )
+        }
+        names = {"processor": "processor_config", "image processor": "preprocessor_config"}
+        edit(
+            folder / f"{names.get(named_in, 'config')}.json",
+            processor_class="Evil",
+            image_processor_type="Evil",
+            auto_map=auto_map,
+        )
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "evil.py", folder / "custom_generate" / "generate.py")
+    try:
+        processor, _ = load(folder)
+    except RunError as refused:
+        assert f"--model_name_or_path {folder}" in str(refused) and "trust" not in str(refused)
+    else:
+        assert type(processor) is Phi3VProcessor
+    assert not asked and not (tmp_path / "pwned").exists()
+
+
+NOT_GREEDY = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True},
+    "penalties": {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 7},
+    "lengths": {"min_length": 900, "max_length": 1, "max_time": 1e-9},
+    "tokens": {"suppress_tokens": list(range(300)), "forced_eos_token_id": 400, "eos_token_id": 7},
+    "words": {"bad_words_ids": [[i] for i in range(300)], "begin_suppress_tokens": [2, 3]},
+    "sampling": {"do_sample": True, "temperature": 9.0, "top_k": 2, "guidance_scale": 3.0},
+    "lookup": {"prompt_lookup_num_tokens": 3, "assistant_early_exit": 1},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    "strings": {"stop_strings": ["a", "e", "1"]},
+    "cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.fixture(scope="module")
+def greedy_answers(demo_checkpoint, tmp_path_factory):
+    return answers(demo_checkpoint, tmp_path_factory.mktemp("greedy"))
+
+
+def answers(checkpoint, output_dir, *flags) -> list[tuple[str, float]]:
+    args = arguments(checkpoint, output_dir, "--max_new_tokens", "5", *flags)
+    trainer = make_trainer(args)
+    own = trainer.model.generation_config.to_dict()
+    found = generate(trainer, load_processor(args), RECORDS, args, choices=("DigitTwo", "DigitOne"))
+    assert trainer.model.generation_config.to_dict() == own, "the checkpoint's was not put back"
+    return found
+
+
+@pytest.mark.parametrize("what", NOT_GREEDY)
+def test_evaluation_is_greedy(folder, tmp_path, greedy_answers, what):
+    """Whatever generation_config.json says, every prompt gets its one greedy answer, in order."""
+    edit(folder / GENERATION, **NOT_GREEDY[what])
+    assert answers(folder, tmp_path / "out") == greedy_answers
+
+
+def test_evaluation_with_adapters_is_greedy(folder, tmp_path):
+    """Nor where PEFT stands between, which hands the base model a config of its own."""
+    plain = answers(folder, tmp_path / "a", "--use_lora", "--lora_rank", "4")
+    edit(folder / GENERATION, **NOT_GREEDY["beams"], **NOT_GREEDY["penalties"])
+    assert answers(folder, tmp_path / "b", "--use_lora", "--lora_rank", "4") == plain
