@@ -2,12 +2,14 @@
 # make demo-docvqa          the same for DocVQA,
 # make demo-hateful-memes   for Hateful Memes
 # make demo-nlvr2           and for NLVR2
-# make test                 lint and all tests
+# make test                 lint and the tests, in minutes
+# make test-all             those that take long too: random kills, all demos, benchmarks; and whether
+#                           the tests notice faults that are planted
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test
+.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all lint
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -21,10 +23,19 @@ demo-hateful-memes: .venv/installed
 demo-nlvr2: .venv/installed
 	$(BIN)/python -m demo.run nlvr2 --work_dir demo_output
 
-test: .venv/installed
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+
+# Whole tests are handed out, longest first: see tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test: lint
+	$(PYTEST) -m "not long"
+
+test-all: lint
+	$(PYTEST)
+	$(BIN)/python -m tests.mutants
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -57,6 +57,12 @@ def launcher() -> Iterator[Launcher]:
     launcher.close()
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """What `datasets` keeps of the test's data goes with the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(scope="session")
 def forward_cases() -> dict:
     return json.loads((GOLDEN / "forward.json").read_text())["cases"]

@@ -22,8 +22,9 @@ from phi3v.loading import lora_config
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 PIXELS = json.loads((GOLDEN / "processor.json").read_text())["cases"]
 SPECS = [case["spec"] for case in PIXELS if case["num_crops"] == 1 and "error" not in case]
-# Around 4,096 tokens the decoder alone is at work, which the baseline shares.
-SHORT = [name for name in CASES if "409" not in name]
+# Around 4,096 tokens the decoder alone is at work, which the baseline shares. Eight images are like
+# two, and take four times as long.
+SHORT = [name for name in CASES if "409" not in name and name != "ucf_8_frames"]
 
 
 def load_baseline(folder) -> BaselineForCausalLM:
@@ -98,10 +99,10 @@ def test_baseline_trains_adapters(tiny_checkpoint, forward_cases, checkpointing)
 
 
 def test_baseline_pixels():
-    """Bit for bit ours, which are the official ones, for every size of the reference numbers."""
-    for spec in SPECS:
+    """Bit for bit ours, which are the official ones, for the sizes of the reference numbers."""
+    for index, spec in enumerate(SPECS):
         image = make_image(spec)
-        for num_crops in (1, 4, 16):
+        for num_crops in (1, (4, 16)[index % 2]):
             processor = Phi3VImageProcessor(num_crops=num_crops)
             ours, theirs = processor([image], return_tensors="pt"), preprocess([image], num_crops)
             for name in ("pixel_values", "image_sizes"):
@@ -133,7 +134,7 @@ def test_memory_of_a_cluster():
     assert memory_gb(10**9, 8, "zero2") == 2 + 14 / 8 and memory_gb(10**9, 8, "zero3") == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "flags", "column", "count"),
     [

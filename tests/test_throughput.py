@@ -1,8 +1,8 @@
 """What a run says about its own speed: counts, FLOPs, time."""
 
 import argparse
+import json
 import re
-import time
 
 import pytest
 import torch
@@ -10,38 +10,36 @@ from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from conftest import GOLDEN, REPO
+from conftest import GOLDEN
+from helpers.recipes import run
 from helpers.records import RECORDS, image, record, turn
 from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
 from phi3v.collators import TrainingCollator
-from phi3v.failures import RunError
+from phi3v.failures import LossWatch, RunError
 from phi3v.loading import load_processor, lora_config
 from phi3v.throughput import COUNTED, ThroughputCallback, count_batch, peak_flops, training_flops
+from strategy_runs import data_flags, write_datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 LORA = {"lora_rank": 4, "lora_alpha_ratio": 2, "lora_dropout": 0.0}
 
 
-class Slow(list):
-    """A dataset that takes `seconds` for each of its samples."""
+class Clock:
+    """Stands for time.perf_counter: it moves when a test says so."""
 
-    seconds = 0.0
+    now = 0.0
 
-    def __getitem__(self, index: int) -> dict:
-        time.sleep(self.seconds)
-        return super().__getitem__(index)
+    def perf_counter(self) -> float:
+        return self.now
 
 
-class SlowAfterSteps(TrainerCallback):
-    """Stands for what happens between steps: an evaluation, and the writing of a checkpoint."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        time.sleep(0.3)
-
-    def on_save(self, args, state, control, **kwargs):
-        time.sleep(0.3)
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("phi3v.throughput.time", clock)
+    return clock
 
 
 def timed_trainer(args: argparse.Namespace, records: list, *callbacks) -> Trainer:
@@ -244,29 +242,37 @@ def test_mfu_where_the_peak_is_known(demo_checkpoint, tmp_path, capsys):
     assert re.search(r"crops/s, MFU \d+\.\d%, ", capsys.readouterr().out)
 
 
-def test_waiting_for_data_is_measured(demo_checkpoint, tmp_path):
-    """What a slow dataset takes is waiting, and what the steps compute is not."""
-    waited = []
-    for seconds in (0.0, 0.3):
-        records = Slow([record(turn("A?", "b", image(color="red")))] * 8)
-        records.seconds = seconds
-        trainer = timed_trainer(arguments(demo_checkpoint, tmp_path), records)
-        trainer.train()
-        total = throughput_of(trainer).total
-        assert summary(trainer)["train_data_wait"] == total["waited"] / total["seconds"] < 1
-        waited.append(total["waited"])
-    assert waited[0] < 1 and waited[1] >= 8 * 0.3, waited
+def test_what_counts_as_training_time(demo_checkpoint, tmp_path, clock):
+    """
+    Waiting for samples and computing count, and the share of the waiting is told. Evaluations and
+    checkpoints, which come between steps, make a run longer, but not its rates lower.
+    """
 
+    class Samples(list):
+        def __getitem__(self, index: int) -> dict:
+            clock.now += 2
+            return super().__getitem__(index)
 
-def test_what_happens_between_steps_is_not_training_time(demo_checkpoint, tmp_path):
-    """Evaluations and checkpoints make a run longer, but not its rates lower."""
+    class BetweenSteps(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.now += 50
+
+        def on_save(self, args, state, control, **kwargs):
+            clock.now += 50
+
+    def compute(*_):
+        clock.now += 1
+
+    samples = Samples([record(turn("A?", "b", image(color="red")))] * 8)
     args = arguments(demo_checkpoint, tmp_path, "--save_steps", "1")
-    trainer = timed_trainer(args, RECORDS * 2, SlowAfterSteps())
-    start = time.perf_counter()
+    trainer = timed_trainer(args, samples, BetweenSteps())
+    trainer.model.register_forward_hook(compute)
     trainer.train()
-    elapsed = time.perf_counter() - start
     total = throughput_of(trainer).total
-    assert total["seconds"] < elapsed - 3 * (0.3 + 0.3)
+    assert clock.now >= 4 * 100, "four steps, and a checkpoint after each"
+    assert (total["waited"], total["seconds"]) == (8 * 2, 8 * (2 + 1))
+    assert summary(trainer)["train_data_wait"] == pytest.approx(2 / 3)
+    assert summary(trainer)["train_samples_per_second"] == pytest.approx(1 / 3)
 
 
 def test_a_script_that_forgets_to_time_batches_is_told(demo_checkpoint, tmp_path):
@@ -276,12 +282,26 @@ def test_a_script_that_forgets_to_time_batches_is_told(demo_checkpoint, tmp_path
         trainer.train()
 
 
-@pytest.mark.parametrize("script", sorted(REPO.glob("finetune_*.py")), ids=lambda path: path.stem)
-def test_recipes_measure_whole_steps(script):
+@pytest.mark.parametrize("name", ["docvqa", "hateful_memes", "nlvr2", "ucf101"])
+def test_recipes_measure_whole_steps(
+    demo_checkpoint, tmp_path, monkeypatch, own_cache, clock, name
+):
     """
-    Behind LossWatch, which waits for the device at the end of a step: before it, that time would
-    not be the step's. And told of the Trainer, to see how long batches take.
+    LossWatch waits for the device at the end of a step. That time is the step's, in every recipe.
     """
-    text = script.read_text()
-    assert re.search(r"callbacks=\[\s*LossWatch\(\),\s*throughput,", text)
-    assert "throughput.time_batches(trainer)" in text
+
+    def wait(watch, *args, **kwargs):
+        clock.now += 10
+        on_step_end(watch, *args, **kwargs)
+
+    on_step_end = LossWatch.on_step_end
+    monkeypatch.setattr(LossWatch, "on_step_end", wait)
+    write_datasets(tmp_path / "data")
+    run(name, demo_checkpoint, tmp_path, monkeypatch, *data_flags(name, tmp_path / "data"))
+    state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
+    [rate] = [
+        entry["train_samples_per_second"]
+        for entry in state["log_history"]
+        if "train_data_wait" in entry
+    ]
+    assert state["global_step"] == 4 and rate == pytest.approx(8 / (4 * 10))

@@ -338,7 +338,7 @@ def test_compiled_layers_train_the_same(demo_checkpoint, tmp_path, monkeypatch):
     assert stats["unique_graphs"] == graphs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_code_trains_the_same(demo_checkpoint, tmp_path):
     """The compiled code itself, over two optimizer steps with rows of different lengths."""
