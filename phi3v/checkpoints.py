@@ -3,8 +3,8 @@ Checkpoints that can be trusted: what a run may resume from, and when it has to 
 
 The Trainer writes a checkpoint's files one after the other into their final folder. Here a
 checkpoint counts only once `complete.json` is in it, which is written last and lists all files with
-their sizes. So a run may be killed at any moment: what is half written is never loaded, and the
-checkpoint before it is deleted only after the new one counts.
+their sizes and hashes. So a run may be killed at any moment: what is half written is never loaded,
+and the checkpoint before it is deleted only after the new one counts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from . import stopping
 from .distributed import on_first_rank, print_first, world_size
 from .failures import RunError, record_failure
 from .images import undecoded
-from .output_folder import COMPLETE, MODE, OutputFolder, incompleteness
+from .output_folder import COMPLETE, MODE, OutputFolder, identity, incompleteness
 from .processing_phi3_v import Phi3VProcessor
 from .training import deepspeed_path, merge_adapter, merged_dtype
 
@@ -73,29 +73,33 @@ def _choose(args: argparse.Namespace, settings: dict[str, object]) -> tuple[bool
     """Whether the run is finished, and the checkpoint that it goes on from. For the first rank."""
     folder = OutputFolder(args.output_dir)
     try:
-        choice = _look(args, folder, settings)
-        if not choice[0]:
+        finished, checkpoint, notes = _look(args, folder, settings)
+        if not finished:
             # Only now is anything written; and a run that had the lock may have ended meanwhile.
             folder.lock()
-            choice = _look(args, folder, settings)
+            finished, checkpoint, notes = _look(args, folder, settings)
     except OSError as error:
         raise RunError(
             f"--output_dir {folder.path}: {error.strerror or error}. Choose another folder."
         ) from None
-    return choice
+    for note in notes:
+        print_first(note)
+    return finished, checkpoint
 
 
 def _look(
     args: argparse.Namespace, folder: OutputFolder, settings: dict[str, object]
-) -> tuple[bool, str | None]:
+) -> tuple[bool, str | None, list[str]]:
+    """As `_choose`, and what to say. Nothing is written."""
     if args.resume_from_checkpoint is None:
         _refuse_results(args, folder, folder.results())
-        return False, None
+        return False, None, []
     record, given = folder.record, args.resume_from_checkpoint
     inside = not given or Path(given).resolve().is_relative_to(folder.path.resolve())
     if record["finished"] and inside:
         _check_settings(f"{folder.path} holds a finished run", record["settings"], settings)
-        return True, None
+        return True, None, []
+    notes = []
     whole = [path for path in folder.checkpoints() if not incompleteness(path)]
     damaged = {
         path: incompleteness(path)
@@ -113,8 +117,7 @@ def _look(
             _refuse_results(args, folder, folder.results())
     elif whole:
         checkpoint = whole[-1]
-        for path, problem in damaged.items():
-            print(f"{path} is not used and left as it is: {problem}", flush=True)
+        notes = [f"{path} is left as it is: {problem}" for path, problem in damaged.items()]
     elif damaged:
         path, problem = list(damaged.items())[-1]
         raise RunError(
@@ -126,10 +129,9 @@ def _look(
         _refuse_results(args, folder, [p for p in folder.results() if p.name not in ours])
         if record["settings"] is not None:
             _check_settings(f"{folder.path} holds a run", record["settings"], settings)
-        print(f"{folder.path} holds no complete checkpoint: the run starts anew", flush=True)
-        return False, None
+        return False, None, [f"{folder.path} holds no complete checkpoint: the run starts anew"]
     _check_settings(f"{checkpoint} comes from a run", _settings_of(checkpoint), settings)
-    return False, str(checkpoint)
+    return False, str(checkpoint), notes
 
 
 def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[Path]) -> None:
@@ -317,7 +319,7 @@ class CheckpointCallback(TrainerCallback):
         for path in sorted(checkpoint.rglob("*")):
             if path.is_file():
                 path.chmod(MODE)
-                files[str(path.relative_to(checkpoint))] = path.stat().st_size
+                files[str(path.relative_to(checkpoint))] = identity(path)
         content = {"step": state.global_step, "settings": self.settings, "files": files}
         self.folder.complete_checkpoint(checkpoint, content)
         ours = [self.folder.path / name for name in self.folder.record["checkpoints"]]

@@ -241,7 +241,9 @@ def leave_one(output: Path) -> Path:
     return newest
 
 
-@pytest.mark.parametrize("damage", ["lost", "edited", "of the plain Trainer", "garbled list"])
+@pytest.mark.parametrize(
+    "damage", ["lost", "edited", "same size", "of the plain Trainer", "garbled list"]
+)
 def test_a_damaged_checkpoint_is_not_thrown_away(demo_checkpoint, output, damage):
     """The only one there is, not whole and not ours to delete: an error with what is wrong."""
     newest = leave_one(output)
@@ -249,6 +251,11 @@ def test_a_damaged_checkpoint_is_not_thrown_away(demo_checkpoint, output, damage
         (newest / "tokenizer.json").unlink()
     elif damage == "edited":
         (newest / "adapter_config.json").write_text("{}")
+    elif damage == "same size":
+        state = (newest / "trainer_state.json").read_text()
+        (newest / "trainer_state.json").write_text(
+            state.replace('"global_step": 3', '"global_step": 2')
+        )
     elif damage == "garbled list":
         (newest / COMPLETE).write_text("{")
     else:
@@ -256,7 +263,8 @@ def test_a_damaged_checkpoint_is_not_thrown_away(demo_checkpoint, output, damage
         shutil.rmtree(output / ".phi3v")
         (output / "adapter_model.safetensors").unlink()
     before = files_below(output)
-    with pytest.raises(RunError, match=f"{newest} cannot be resumed from: .*(missing|complete)"):
+    reason = "is missing|is not as it was written|not complete"
+    with pytest.raises(RunError, match=f"{newest} cannot be resumed from: .*({reason})"):
         lora(demo_checkpoint, output, "--resume_from_checkpoint")
     assert files_below(output) == before
 

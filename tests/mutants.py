@@ -1,0 +1,564 @@
+"""
+Plants faults in the code, one at a time, and looks whether the tests notice:
+
+    python -m tests.mutants            all of them, two at a time
+    python -m tests.mutants packing    those whose name or file has "packing" in it
+
+Every fault is planted in a copy of the repository, where the tests that should notice it run. All
+of them are tests that `make test` runs, and a copy without a fault has to pass them. Prints
+caught / planted; the exit status is 0 if all are caught.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "tests"))
+
+from helpers.launcher import Launcher  # noqa: E402
+
+PASSED, TESTS_FAILED = 0, 1  # pytest's exit statuses
+CONTROL = "nothing is planted"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    right: str  # stands once in the file
+    wrong: str
+    tests: str  # files of tests/, without .py
+
+
+MODEL, IMAGES = "phi3v/modeling_phi3_v.py", "phi3v/image_processing_phi3_v.py"
+CHECKPOINTS, OUTPUT = "phi3v/checkpoints.py", "phi3v/output_folder.py"
+
+MUTANTS = [
+    # ---- No fault
+    Mutant(CONTROL, MODEL, "class Phi3VVisionTower(", "class Phi3VVisionTower(", ""),
+    # ---- The model: what the official code computes
+    Mutant(
+        "rope: the long factors' form is not read",
+        "phi3v/configuration_phi3_v.py",
+        '        rope["rope_type"] = "longrope"',
+        '        rope["rope_type"] = "default"',
+        "test_modeling",
+    ),
+    Mutant(
+        "rope: another scaling factor of cos and sin",
+        "phi3v/configuration_phi3_v.py",
+        'self.rope_parameters.setdefault("factor", extension)',
+        'self.rope_parameters["factor"] = 1.0',
+        "test_modeling",
+    ),
+    Mutant(
+        "CLIP: the last layer instead of the one before",
+        MODEL,
+        "for layer in self.vision_model.encoder.layers[:-1]:",
+        "for layer in self.vision_model.encoder.layers:",
+        "test_modeling",
+    ),
+    Mutant(
+        "CLIP: post_layernorm is applied",
+        MODEL,
+        "        return hidden_states[:, 1:]",
+        "        return self.vision_model.post_layernorm(hidden_states)[:, 1:]",
+        "test_modeling",
+    ),
+    Mutant(
+        "projection: GELU by tanh",
+        MODEL,
+        "            nn.GELU(),",
+        '            nn.GELU("tanh"),',
+        "test_modeling",
+    ),
+    Mutant(
+        "separators: the two are swapped",
+        MODEL,
+        "torch.stack([self.glb_GN.flatten(), self.sub_GN.flatten()])",
+        "torch.stack([self.sub_GN.flatten(), self.glb_GN.flatten()])",
+        "test_modeling",
+    ),
+    Mutant(
+        "layout: the global crop first",
+        MODEL,
+        "torch.cat([end_lines(local), crops.new_tensor([GLB_GN]), end_lines(crops[0])])",
+        "torch.cat([end_lines(crops[0]), crops.new_tensor([GLB_GN]), end_lines(local)])",
+        "test_modeling",
+    ),
+    Mutant(
+        "layout: 2 x 2 patches are merged in the other order",
+        MODEL,
+        "            .transpose(2, 3)\n",
+        "            .permute(0, 1, 3, 4, 2, 5)\n",
+        "test_modeling",
+    ),
+    Mutant(
+        "layout: crops one after the other, not line by line",
+        MODEL,
+        "        .transpose(1, 2)\n        .reshape(rows * side, columns * side)",
+        "        .reshape(rows * side, columns * side)",
+        "test_modeling",
+    ),
+    Mutant(
+        "positions: padding on the left counts",
+        MODEL,
+        "torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding",
+        "torch.arange(attention_mask.shape[1], device=attention_mask.device) - 0 * padding",
+        "test_modeling",
+    ),
+    Mutant(
+        "generation: no switch to the long factors",
+        MODEL,
+        "return length - new_tokens <= limit < length",
+        "return False",
+        "test_modeling",
+    ),
+    Mutant(
+        "generation: answers end at </s> alone",
+        MODEL,
+        "STOP_TOKEN_IDS = [32000, 32001, 32007]",
+        "STOP_TOKEN_IDS = [2]",
+        "test_modeling",
+    ),
+    Mutant(
+        "loss: labels are shifted by two",
+        MODEL,
+        "nn.functional.pad(labels[:, 1:], (0, 1), value=-100)",
+        "nn.functional.pad(labels[:, 2:], (0, 2), value=-100)",
+        "test_modeling",
+    ),
+    Mutant(
+        "loss: averaged over this call, whatever the whole step has",
+        MODEL,
+        "count = max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch",
+        "count = max(targets.numel(), 1)",
+        "test_modeling test_strategies",
+    ),
+    Mutant(
+        "frozen tower: the unused tail trains",
+        MODEL,
+        "self.vision_model.post_layernorm.requires_grad_(False)",
+        "self.vision_model.post_layernorm.requires_grad_(True)",
+        "test_training",
+    ),
+    # ---- Pixels
+    Mutant(
+        "pixels: the global view is bilinear",
+        IMAGES,
+        "views = [shrink(levels, values, size) for levels in padded]",
+        "views = [\n            torch.nn.functional.interpolate(\n"
+        "                values.gather(1, levels.flatten(1).long()).view(1, *levels.shape),\n"
+        '                size=(size, size), mode="bilinear"\n            )[0]\n'
+        "            for levels in padded\n        ]",
+        "test_processing",
+    ),
+    Mutant(
+        "pixels: padding is black",
+        IMAGES,
+        "white = np.full(shape, 255, dtype=np.uint8)",
+        "white = np.full(shape, 0, dtype=np.uint8)",
+        "test_processing",
+    ),
+    Mutant(
+        "pixels: padding at the bottom alone",
+        IMAGES,
+        "first = (padded - resized) // 2",
+        "first = 0",
+        "test_processing",
+    ),
+    Mutant(
+        "pixels: one row lower",
+        IMAGES,
+        "resized = int(columns * size / ratio)",
+        "resized = int(columns * size / ratio) - 1",
+        "test_processing",
+    ),
+    Mutant(
+        "pixels: scaled by PIL's other filter",
+        "phi3v/resize.py",
+        "reach = max(scale, 1.0)",
+        "reach = max(scale, 1.25)",
+        "test_processing",
+    ),
+    # ---- Prompts and collators
+    Mutant(
+        "ids: no BOS after an image",
+        "phi3v/processing_phi3_v.py",
+        "                tokens += next(ids)\n",
+        "                tokens += next(ids)[1:]\n",
+        "test_processing",
+    ),
+    Mutant(
+        "images: tags out of order get the wrong image",
+        "phi3v/processing_phi3_v.py",
+        "in_order += [own[number - 1] for number in numbers]",
+        "in_order += [own[number - 1] for number in sorted(numbers)]",
+        "test_processing",
+    ),
+    Mutant(
+        "collator: the prompt is trained too",
+        "phi3v/collators.py",
+        "            labels.append(token if answering else IGNORED)",
+        "            labels.append(token)",
+        "test_collators",
+    ),
+    Mutant(
+        "collator: earlier answers are not trained",
+        "phi3v/collators.py",
+        "            answering = answering or token == self.assistant\n",
+        "            answering = False\n",
+        "test_collators",
+    ),
+    Mutant(
+        "collator: the answer's <|endoftext|> is missing",
+        "phi3v/collators.py",
+        "<|end|>\\n<|endoftext|>",
+        "<|end|>",
+        "test_collators test_packing",
+    ),
+    Mutant(
+        "collator: prompts to generate from are padded on the right",
+        "phi3v/collators.py",
+        'self.processor.tokenizer.pad_token_id, "left"),',
+        'self.processor.tokenizer.pad_token_id, "right"),',
+        "test_collators",
+    ),
+    Mutant(
+        "packing: samples see each other",
+        "phi3v/collators.py",
+        "positions = [range(len(row)) for row in ids]",
+        "positions = [range(sum(map(len, ids)))]",
+        "test_packing",
+    ),
+    Mutant(
+        "packing: rows are too long by one",
+        "phi3v/packing.py",
+        "if left >= length), None)",
+        "if left >= length - 1), None)",
+        "test_packing",
+    ),
+    Mutant(
+        "packing: --max_length leaves out samples that fit",
+        "phi3v/packing.py",
+        "if max_length is None or length <= max_length]",
+        "if max_length is None or length < max_length]",
+        "test_packing",
+    ),
+    # ---- Training
+    Mutant(
+        "arguments: AdamW's second beta",
+        "phi3v/training.py",
+        "adam_beta2=0.95,",
+        "adam_beta2=0.999,",
+        "test_training",
+    ),
+    Mutant(
+        "arguments: accumulation forgets the ranks",
+        "phi3v/training.py",
+        "// (world_size() * args.batch_size_per_gpu),",
+        "// args.batch_size_per_gpu,",
+        "test_strategies",
+    ),
+    Mutant(
+        "arguments: a learning rate of 0 becomes the base rate",
+        "phi3v/training.py",
+        "rate = args.learning_rate if own_rate is None else own_rate",
+        "rate = own_rate or args.learning_rate",
+        "test_training",
+    ),
+    Mutant(
+        "arguments: NaN is a number",
+        "phi3v/arguments.py",
+        "if isinstance(value, float) and not math.isfinite(value):",
+        "if False:",
+        "test_training",
+    ),
+    Mutant(
+        "LoRA: lm_head has no adapter",
+        "phi3v/loading.py",
+        '"gate_up_proj", "down_proj", "lm_head"]',
+        '"gate_up_proj", "down_proj"]',
+        "test_training",
+    ),
+    Mutant(
+        "LoRA: alpha is not scaled by the rank",
+        "phi3v/loading.py",
+        "lora_alpha=args.lora_rank * args.lora_alpha_ratio,",
+        "lora_alpha=args.lora_alpha_ratio,",
+        "test_training",
+    ),
+    Mutant(
+        "LoRA: a frozen vision model has adapters",
+        "phi3v/loading.py",
+        "    if not args.freeze_vision_model:\n        targets +=",
+        "    if True:\n        targets +=",
+        "test_training",
+    ),
+    Mutant(
+        "frozen: the token embedding is frozen as well",
+        "phi3v/loading.py",
+        "model.model.vision_embed_tokens.requires_grad_(False)",
+        "model.model.vision_embed_tokens.requires_grad_(False)\n"
+        "        model.model.embed_tokens.requires_grad_(False)",
+        "test_training",
+    ),
+    Mutant(
+        "loss scaling: the first overflow ends the run",
+        "phi3v/failures.py",
+        "if args.fp16 and self.overflows < MOST_OVERFLOWS:",
+        "if False:",
+        "test_checkpoints",
+    ),
+    Mutant(
+        "loss scaling: overflows far apart end the run",
+        "phi3v/failures.py",
+        "            self.overflows = 0\n            return",
+        "            return",
+        "test_checkpoints",
+    ),
+    # ---- Evaluation
+    Mutant(
+        "evaluation: answers go to the wrong samples",
+        "phi3v/evaluation.py",
+        "    mine = order[rank::world_size]\n",
+        "    mine = sorted(order[rank::world_size])\n",
+        "test_training",
+    ),
+    Mutant(
+        "evaluation: training goes on in evaluation mode",
+        "phi3v/evaluation.py",
+        "    model.train(was_training)\n",
+        "",
+        "test_throughput test_resume test_strategies test_stopping test_training",
+    ),
+    Mutant(
+        "evaluation: left at SIGTERM, and written all the same",
+        "phi3v/evaluation.py",
+        "if any_rank(stopping.received(), device) if zero3 else stopping.received():",
+        "if False:",
+        "test_stopping",
+    ),
+    Mutant(
+        "metric: full stops count",
+        "phi3v/metrics.py",
+        'string.whitespace + "."',
+        "string.whitespace",
+        "test_metrics",
+    ),
+    Mutant(
+        "metric: ANLS without a threshold",
+        "phi3v/metrics.py",
+        "sum(score for score in best if score >= threshold)",
+        "sum(best)",
+        "test_metrics",
+    ),
+    # ---- Checkpoints and the output folder
+    Mutant(
+        "checkpoints: half a checkpoint counts",
+        OUTPUT,
+        "    if files is None:\n        return f",
+        "    if files is None:\n        return None and f",
+        "test_checkpoints test_output_folder",
+    ),
+    Mutant(
+        "checkpoints: the list of files is written first",
+        CHECKPOINTS,
+        "            self.folder.begin_checkpoint(_name(state))",
+        "            self.folder.begin_checkpoint(_name(state)).mkdir()\n"
+        "            (self.folder.path / _name(state) / COMPLETE).write_text('{\"files\": {}}')",
+        "test_checkpoints",
+    ),
+    Mutant(
+        "checkpoints: the oldest is kept, the newest goes",
+        CHECKPOINTS,
+        "whole[: max(0, len(whole) + 1 - self.args.save_total_limit)]",
+        "whole[::-1][: max(0, len(whole) + 1 - self.args.save_total_limit)]",
+        "test_checkpoints test_stopping",
+    ),
+    Mutant(
+        "resume: other settings are taken",
+        CHECKPOINTS,
+        "    if differences:\n",
+        "    if False:\n",
+        "test_checkpoints",
+    ),
+    Mutant(
+        "resume: the oldest checkpoint",
+        CHECKPOINTS,
+        "checkpoint = whole[-1]",
+        "checkpoint = whole[0]",
+        "test_checkpoints",
+    ),
+    Mutant(
+        "resume: a damaged checkpoint is thrown away",
+        CHECKPOINTS,
+        "    elif damaged:\n",
+        "    elif False:\n",
+        "test_output_folder",
+    ),
+    Mutant(
+        "output: the model's folder is written to",
+        "phi3v/arguments.py",
+        "    check_output_dir(args, refuse)\n",
+        "",
+        "test_output_folder",
+    ),
+    Mutant(
+        "output: an old run goes before the model is loaded",
+        CHECKPOINTS,
+        "            folder.lock()\n",
+        "            folder.lock()\n"
+        "            if args.overwrite_output_dir:\n                folder.remove_run()\n",
+        "test_output_folder",
+    ),
+    Mutant(
+        "output: a user's files go with the run's",
+        OUTPUT,
+        '        _remove_files(self.path, record["files"])\n',
+        "        shutil.rmtree(self.path)\n",
+        "test_output_folder",
+    ),
+    Mutant(
+        "output: two runs at once",
+        CHECKPOINTS,
+        "            folder.lock()\n",
+        "",
+        "test_output_folder",
+    ),
+    Mutant(
+        "output: files for their owner alone",
+        OUTPUT,
+        "                    path.chmod(MODE)\n",
+        "",
+        "test_output_folder",
+    ),
+    Mutant(
+        "merge: a failure takes the adapter with it",
+        "phi3v/training.py",
+        "    except Exception as error:  # the disk, the memory, the hub\n",
+        "    except Exception as error:\n"
+        '        (output.path / "adapter_model.safetensors").unlink()\n',
+        "test_output_folder",
+    ),
+    # ---- Data
+    Mutant(
+        "data: ids twice",
+        "phi3v/errors.py",
+        "if (first := self.first.setdefault(identifier, number)) != number:",
+        "if (first := self.first.setdefault(identifier, number)) > number:",
+        "test_bad_input test_recipes",
+    ),
+    Mutant(
+        "data: control tokens in texts",
+        "phi3v/conversations.py",
+        "        if found := CONTROL_TOKEN.search(text):",
+        "        if found := None:",
+        "test_bad_input",
+    ),
+    Mutant(
+        "data: images from outside the folder",
+        "phi3v/conversations.py",
+        "            if not inside:\n",
+        "            if False:\n",
+        "test_bad_input",
+    ),
+    Mutant(
+        "data: any image format is opened",
+        "phi3v/images.py",
+        "formats=FORMATS",
+        "formats=None",
+        "test_bad_input",
+    ),
+    # ---- The converter
+    Mutant(
+        "converter: frames are taken from the middle",
+        "convert_ucf101.py",
+        "return [i * count // num_frames for i in range(num_frames)]",
+        "return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: a failed video's number is used again",
+        "convert_ucf101.py",
+        '                    id = f"{split}-{len(videos):010d}"',
+        '                    id = f"{split}-{len(videos) + 1:010d}"',
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: ffmpeg opens any format",
+        "convert_ucf101.py",
+        '"format_whitelist": CONTAINERS, ',
+        "",
+        "test_convert_ucf101",
+    ),
+]
+
+
+def plant(mutant: Mutant, copy: Path) -> None:
+    """A copy of the repository with one fault."""
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        **{"cwd": REPO, "capture_output": True, "text": True, "check": True},
+    ).stdout.splitlines()
+    for name in filter(lambda name: (REPO / name).is_file(), files):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, copy / name)
+    path = copy / mutant.file
+    text = path.read_text("utf-8")
+    if text.count(mutant.right) != 1:
+        raise SystemExit(f"{mutant.name}: not once in {mutant.file}: {mutant.right!r}")
+    path.write_text(text.replace(mutant.right, mutant.wrong), "utf-8")
+
+
+def notice(launcher: Launcher, mutant: Mutant) -> tuple[bool, str]:
+    """Whether tests fail for a fault, and pass without one; and pytest's last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        plant(mutant, copy)
+        named = mutant.tests or " ".join(other.tests for other in MUTANTS)
+        tests = sorted({f"tests/{name}.py" for name in named.split()})
+        flags = ("-q", "-x", "-m", "not long", "-p", "no:cacheprovider", "-p", "no:xdist")
+        run = launcher.start("-m", "pytest", *flags, *tests, cwd=copy)
+        lines = run.finish(900).strip().splitlines()
+        expected = PASSED if mutant.name == CONTROL else TESTS_FAILED
+        return run.returncode == expected, lines[-1] if lines else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Plant, print, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="of the faults' names or files")
+    words = parser.parse_args(argv).words
+    mutants = [m for m in MUTANTS if not words or any(w in f"{m.name} {m.file}" for w in words)]
+    start, caught = time.monotonic(), 0
+    launchers = [Launcher(), Launcher()]  # one for each of two threads: it serves one at a time
+    with ThreadPoolExecutor(len(launchers)) as pool:
+
+        def run(share: int) -> int:
+            count = 0
+            for mutant in mutants[share :: len(launchers)]:
+                noticed, line = notice(launchers[share], mutant)
+                print(f"{'good' if noticed else 'MISSED'}: {mutant.name}: {line}", flush=True)
+                count += noticed
+            return count
+
+        caught = sum(pool.map(run, range(len(launchers))))
+    for launcher in launchers:
+        launcher.close()
+    controls = sum(mutant.name == CONTROL for mutant in mutants)
+    seconds = f"{time.monotonic() - start:.0f} s"
+    print(f"caught {caught - controls} / planted {len(mutants) - controls} in {seconds}")
+    return 0 if caught == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

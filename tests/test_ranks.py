@@ -1,0 +1,155 @@
+"""What several ranks have to do together: choose, fail, and stop, as real processes."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import REPO
+from helpers.launcher import Launcher, torchrun
+from phi3v.output_folder import OutputFolder, incompleteness
+from small_datasets import write_videos
+
+pytestmark = pytest.mark.slow
+SCRIPT = str(REPO / "finetune_hf_trainer_ucf101.py")
+ZERO3 = ("--deepspeed", str(REPO / "ds_configs" / "zero3.json"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_videos(folder, "train", 8)
+    return write_videos(folder, "val", 20)
+
+
+@pytest.fixture
+def flags(data_dir, demo_checkpoint) -> tuple[str, ...]:
+    return (
+        *("--data_dir", str(data_dir), "--model_name_or_path", str(demo_checkpoint)),
+        *("--num_crops", "1", "--batch_size", "4", "--no-tqdm", "--max_new_tokens", "2"),
+    )
+
+
+# Each rank of this has a view of its own of the file system: the second one sees no checkpoint.
+OTHER_VIEW = """
+import os, sys, runpy
+from pathlib import Path
+sys.path.insert(0, {repo!r})
+if os.environ["RANK"] == "1":
+    see = Path.glob
+    Path.glob = lambda self, pattern: [] if "checkpoint" in pattern else see(self, pattern)
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_the_first_rank_chooses_the_checkpoint(launcher: Launcher, flags, tmp_path):
+    """Where another rank sees an older state of a shared file system, all resume the same."""
+    script = tmp_path / "other_view.py"
+    script.write_text(OTHER_VIEW.format(repo=str(REPO), script=SCRIPT))
+    output = tmp_path / "out"
+    flags = (*flags, "--output_dir", str(output), "--deepspeed", "none", "--save_steps", "1")
+    launcher.run(*torchrun(2, SCRIPT, *flags))
+    OutputFolder(output).update(finished=False)
+    said = launcher.run(*torchrun(2, script, *flags, "--resume_from_checkpoint"))
+    assert said.count(f"Resuming from {output / 'checkpoint-2'}") == 1
+
+
+# The loss of the second rank alone is NaN.
+POISONED = """
+import os, sys, runpy
+sys.path.insert(0, {repo!r})
+from phi3v import Phi3VForCausalLM
+if os.environ["RANK"] == "1":
+    compute = Phi3VForCausalLM._loss
+    Phi3VForCausalLM._loss = lambda self, *args: compute(self, *args) * float("nan")
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(launcher: Launcher, flags, tmp_path):
+    """All ranks end, with the samples of the one that saw it, in torchrun's summary as well."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.format(repo=str(REPO), script=SCRIPT))
+    flags = (*flags, "--output_dir", str(tmp_path / "out"), "--deepspeed", "none")
+    said = launcher.run(*torchrun(2, script, *flags), status=1)
+    message = "the loss of step 1 is nan, in the batch of 'train-"
+    assert f"error: {message}" in said, said
+    before, _, summary = said.partition("Root Cause (first observed failure):")
+    assert message in summary, said
+    assert "error: another rank is gone" not in before
+
+
+def test_the_message_comes_last(launcher: Launcher, flags, tmp_path):
+    """Below torchrun's own traceback stands what to do, and no traceback of the recipe."""
+    for extra, message in (
+        (("--data_dir", str(tmp_path / "none")), "there is no such file"),
+        (("--num_crops", "17"), "--num_crops must be 1 to 16, not 17"),
+    ):
+        words = (*flags, "--output_dir", str(tmp_path / "out"), *extra)
+        said = launcher.run(*torchrun(2, SCRIPT, *words), status=1)
+        summary = said.partition("Root Cause (first observed failure):")[2]
+        assert message in summary and "Traceback" not in summary, said
+        assert 'finetune_hf_trainer_ucf101.py", line' not in said, said
+
+
+# SIGTERM comes in the first evaluation after a step, whose batches take long from then on.
+STOPPED = """
+import os, signal, sys, time, runpy
+sys.path.insert(0, {repo!r})
+from phi3v import Phi3VForCausalLM
+generate, calls = Phi3VForCausalLM.generate, []
+def slow(self, **inputs):
+    calls.append(1)
+    if len(calls) >= 13:  # ten batches are evaluated before training
+        if len(calls) == 13 and os.environ["RANK"] == {sender!r}:
+            os.kill({target}, signal.SIGTERM)
+        time.sleep(1)
+        print("batch", os.environ["RANK"], flush=True)
+    return generate(self, **inputs)
+Phi3VForCausalLM.generate = slow
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "sender", "target"),
+    [(("--deepspeed", "none"), "0", "os.getppid()"), (ZERO3, "1", "os.getpid()")],
+    ids=["to torchrun, DDP", "to one rank, ZeRO-3"],
+)
+def test_sigterm_in_an_evaluation(launcher: Launcher, flags, tmp_path, engine, sender, target):
+    """
+    It is left at the next batch, on all ranks; a checkpoint of the step before it is saved, and the
+    run goes on from there, with that evaluation.
+    """
+    script = tmp_path / "stopped.py"
+    names = {"repo": str(REPO), "script": SCRIPT, "sender": sender, "target": target}
+    script.write_text(STOPPED.format(**names))
+    flags = (*flags, *engine, "--eval_steps", "1", "--eval_batch_size_per_gpu", "1")
+    output = OutputFolder(tmp_path / "out")
+    flags = (*flags, "--output_dir", str(output.path))
+    said = launcher.run(*torchrun(2, script, *flags), status=1)
+    assert said.count("batch ") <= 2 * 4, "the whole evaluation has ten batches a rank"
+    assert "Stopped by SIGTERM after step 1 of 2; a checkpoint is saved" in said
+    assert not incompleteness(output.path / "checkpoint-1")
+    assert not (output.path / "eval_step_1.json").exists()
+    launcher.run(*torchrun(2, SCRIPT, *flags, "--resume_from_checkpoint"))
+    for name in ("eval_step_1.json", "eval_step_2.json", "eval_after.json"):
+        assert len(json.loads((output.path / name).read_text())["ids"]) == 20
+
+
+def test_two_runs_in_one_folder(launcher: Launcher, flags, tmp_path):
+    """The second one is refused, with every flag; the first one ends as if it had been alone."""
+    flags = (*flags, "--output_dir", str(tmp_path), "--deepspeed", "none")
+    first = launcher.start(SCRIPT, *flags, "--num_train_epochs", "3000")
+    while not (tmp_path / ".phi3v" / "lock").exists():
+        assert first.poll() is None, first.text()
+        time.sleep(0.01)
+    said = launcher.run(SCRIPT, *flags, "--overwrite_output_dir", status=1)
+    assert first.poll() is None, "the first one was too short for this test"
+    assert "error: --output_dir" in said and "another run is writing to it" in said
+    first.kill()
+    assert "Traceback" not in said
