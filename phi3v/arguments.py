@@ -10,7 +10,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from .distributed import world_size
-from .failures import record_failure
+from .failures import prints_failures, record_failure
 
 TORCHRUN_NUMBERS = (
     *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"),
@@ -223,7 +223,7 @@ def parse_arguments(
     def refuse(message: str) -> None:
         # Every rank finds the same mistake. One says it; torchrun shows it once more, last.
         record_failure(message)
-        if os.environ.get("RANK", "0") == "0":
+        if prints_failures():
             parser.error(message)
         parser.exit(2)
 
@@ -296,15 +296,18 @@ def check_environment(refuse: Callable[[str], None]) -> None:
                 f"the environment variable {name} is {text!r}, not a number. Start with torchrun."
             )
         numbers[name] = int(text) if text is not None else None
-    if numbers["WORLD_SIZE"] is None:
-        return
-    processes, rank = numbers["WORLD_SIZE"], numbers["RANK"]
-    if processes < 1 or (rank or 0) >= processes:
-        refuse(f"the environment has WORLD_SIZE {processes} and RANK {rank}. Start with torchrun.")
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    processes, rank = numbers["WORLD_SIZE"], numbers["RANK"] or 0
+    on_node, port = numbers["LOCAL_WORLD_SIZE"], numbers["MASTER_PORT"] or 0
+    if 0 in (processes, on_node) or rank >= (processes or LARGE) or port > 65_535:
+        found = {name: number for name, number in numbers.items() if number is not None}
+        refuse(f"the environment has {found}, which cannot be. Start with torchrun.")
+    needed = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name)]
-    if processes > 1 and missing:
-        refuse(f"WORLD_SIZE is {processes}, and {missing[0]} is not set. Start with torchrun.")
+    if missing and (numbers["LOCAL_RANK"] is not None or (processes or 1) > 1):
+        refuse(
+            f"the environment is one of several processes, without {missing[0]}. Start with "
+            "torchrun."
+        )
 
 
 def check_ranges(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
@@ -314,7 +317,9 @@ def check_ranges(args: argparse.Namespace, refuse: Callable[[str], None]) -> Non
             refuse(f"--{flag} must be a finite number, not {value}.")
         low, high = RANGES.get(flag, (-math.inf, math.inf))
         if isinstance(value, int | float) and not low <= value <= high:
-            wanted = f"at least {low:,}" if high >= LARGE else f"{low:g} to {high:g}"
+            wanted = f"{low:g} to {high:g}"
+            if high >= LARGE:
+                wanted = f"at least {low:g}" if value < low else f"at most {high:,}"
             refuse(f"--{flag} must be {wanted}, not {value}.")
     for flag in ("num_train_epochs", "learning_rate", "lora_alpha_ratio"):
         if getattr(args, flag) == 0:
@@ -325,6 +330,12 @@ def check_ranges(args: argparse.Namespace, refuse: Callable[[str], None]) -> Non
 
 def check_output_dir(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
     """Refuse to write where the model is read from, whatever the path that leads there."""
+    try:
+        args.output_dir.encode()
+    except UnicodeEncodeError:
+        refuse(f"--output_dir {args.output_dir!r} is no UTF-8, which libraries cannot write to.")
+    if not args.output_dir:
+        refuse("--output_dir is empty. Give a folder.")
     folder, output = args.model_name_or_path, os.path.join(os.path.realpath(args.output_dir), "")
     if not os.path.isdir(folder):
         return  # a hub id

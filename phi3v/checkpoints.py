@@ -186,7 +186,8 @@ def _image_identity(image: object) -> list:
 
 
 def _settings_of(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("settings") or {}
+    settings = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _check_settings(where: str, theirs: dict, ours: dict[str, object]) -> None:

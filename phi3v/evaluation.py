@@ -164,8 +164,7 @@ def generate(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if getattr(model, "hf_device_map", None) is None and not zero3:
         model.to(device)
-    was_training = model.training
-    model.eval()
+    model.eval()  # the Trainer turns it back before every step
     texts, probabilities = [], []
     choice_ids = _first_tokens(processor, choices) if choices else None
     greedy = GenerationConfig(
@@ -205,7 +204,6 @@ def generate(
                 logits = output.logits[0][:, choice_ids].float()
                 probabilities += logits.softmax(-1)[:, 0].tolist()
             progress.update(min(len(answers) * world_size, len(records) - progress.n))
-    model.train(was_training)
     if any_rank(len(texts) < len(rounds), device):
         text = f"{desc}: left at SIGTERM. The same command with --resume_from_checkpoint goes on."
         print_first(text)

@@ -97,8 +97,13 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if _lost_a_peer(error):
         time.sleep(RESPITE)
     record_failure(text)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if prints_failures():
         print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def prints_failures() -> bool:
+    """Not where torchrun shows this rank's record, and the first rank may fail alike."""
+    return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ
 
 
 def record_failure(text: str) -> None:

@@ -58,13 +58,7 @@ class OutputFolder:
             record = json.loads(self.record_path.read_text("utf-8"))
         except (OSError, ValueError):
             return empty
-        names_are_ours = (
-            isinstance(record, dict)
-            and record.keys() == empty.keys()
-            and all(isinstance(name, str) for name in record["files"])
-            and all(CHECKPOINT.fullmatch(name) for name in record["checkpoints"])
-        )
-        return record if names_are_ours else empty
+        return record if _is_record(record, empty) else empty
 
     def update(self, **changes: object) -> None:
         """Change fields of the record."""
@@ -206,13 +200,27 @@ class OutputFolder:
         self.record_path.unlink(missing_ok=True)
 
 
+def _is_record(record: object, like: dict) -> bool:
+    """Whether this has the fields of a record, and no name that leads elsewhere."""
+    if not isinstance(record, dict) or record.keys() != like.keys():
+        return False
+    files, checkpoints, settings = (record[k] for k in ("files", "checkpoints", "settings"))
+    return (
+        isinstance(files, list)
+        and all(isinstance(name, str) for name in files)
+        and isinstance(checkpoints, list)
+        and all(isinstance(name, str) and CHECKPOINT.fullmatch(name) for name in checkpoints)
+        and isinstance(settings, dict | None)
+    )
+
+
 def identity(path: Path) -> list[int | str]:
     """
-    A file's size in bytes, and a hash of it; of a large one, of its first and last MiB.
+    A file's size in bytes, and a hash of it; of one above 64 MiB, of 32 MiB at either end.
 
-    So an edit of a checkpoint's small files is noticed, and reading the list stays quick.
+    So an edit is noticed, and neither saving nor resuming reads a large model once more.
     """
-    size, part = path.stat().st_size, 1 << 20
+    size, part = path.stat().st_size, 1 << 25
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(part))
         if size > part:

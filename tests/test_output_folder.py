@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import REPO
+from helpers.launcher import torchrun
 from helpers.records import RECORDS
 from helpers.trainers import arguments, make_trainer
 from phi3v.arguments import make_parser, parse_arguments
@@ -20,6 +22,7 @@ from phi3v.failures import RunError
 from phi3v.loading import load_processor
 from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
 from phi3v.training import finish_run, save_model
+from small_datasets import write_videos
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -388,3 +391,19 @@ def test_an_estimate_is_what_a_run_writes(demo_checkpoint, tmp_path):
     written = [tmp_path / "model.safetensors"]
     written += [checkpoint / name for name in ("model.safetensors", "optimizer.pt")]
     assert foreseen == pytest.approx(sum(path.stat().st_size for path in written), rel=0.02)
+
+
+def test_an_estimate_is_what_deepspeed_writes(launcher, demo_checkpoint, tmp_path):
+    """With the weights a second time, and a float32 copy of them; the ranks' parts together."""
+    data = tmp_path / "data"
+    write_videos(data, "train", 2)
+    write_videos(data, "val", 1)
+    flags = ("--data_dir", data, "--model_name_or_path", demo_checkpoint, "--num_crops", "1")
+    flags += ("--batch_size", "2", "--save_steps", "1", "--max_new_tokens", "1", "--no-tqdm")
+    script = REPO / "finetune_hf_trainer_ucf101.py"
+    launcher.run(*torchrun(2, script, *flags, "--output_dir", tmp_path / "out"))
+    args = arguments(demo_checkpoint, tmp_path / "other")
+    model = make_trainer(args).model
+    foreseen = bytes_to_write(model, args, 2, True) - bytes_to_write(model, args, 1, True)
+    files = (tmp_path / "out" / "checkpoint-1").rglob("*")
+    assert foreseen == pytest.approx(sum(path.stat().st_size for path in files), rel=0.03)
