@@ -327,8 +327,8 @@ MUTANTS = [
     Mutant(
         "evaluation: answers go to the wrong samples",
         "phi3v/evaluation.py",
-        "    mine = order[rank::world_size]\n",
-        "    mine = sorted(order[rank::world_size])\n",
+        "dict(zip(mine, answered, strict=False))",
+        "dict(zip(sorted(mine), answered, strict=False))",
         "test_training",
     ),
     Mutant(
