@@ -27,7 +27,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Whole tests are handed out, longest first: see tests/conftest.py.
+# Tests that share what takes long to make are in a group, which stays together.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test: lint

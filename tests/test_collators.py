@@ -123,6 +123,27 @@ def test_rows_do_not_depend_on_their_batch(demo_processor):
     assert first == len(batch["pixel_values"]) == 5
 
 
+def test_a_conversation_is_one_prompt(demo_processor):
+    """
+    Of two turns: the text begins once, and anew behind an image, turns follow each other, and the
+    end comes once. Ids are compared below, with the real tokenizer.
+    """
+    conversation = record(turn("Is this right?", "DigitOne", image()), turn("?", "DigitTwo"))
+    batch = TrainingCollator(demo_processor)([conversation])
+    ids = [i for i in batch["input_ids"][0].tolist() if i != demo_processor.image_token_id]
+    words = [
+        word.removeprefix("\u2581")
+        for word in demo_processor.tokenizer.convert_ids_to_tokens(ids)
+        if word not in ("\u2581", "<0x0A>")
+    ]
+    assert words == [
+        *("<s>", "<|user|>", "<s>", "Is", "this", "right", "?", "<|end|>"),
+        *("<|assistant|>", "DigitOne", "<|end|>"),
+        *("<|user|>", "?", "<|end|>", "<|assistant|>", "DigitTwo", "<|end|>"),
+        "<|endoftext|>",
+    ]
+
+
 @pytest.fixture(scope="module")
 def real_processor(tokenizer_folder):
     return AutoProcessor.from_pretrained(tokenizer_folder, num_crops=4)

@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,9 @@ class Runs:
 
 
 @pytest.fixture
-def runs(launcher, data_dir, demo_checkpoint, tmp_path) -> Runs:
-    return Runs(launcher, data_dir, demo_checkpoint, tmp_path)
+def runs(launcher, data_dir, demo_checkpoint, tmp_path) -> Iterator[Runs]:
+    yield Runs(launcher, data_dir, demo_checkpoint, tmp_path)
+    launcher.end_runs()
 
 
 @pytest.mark.parametrize(

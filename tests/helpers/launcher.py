@@ -140,7 +140,7 @@ class Launcher:
         """
         if self._parent is None:
             self._start_parent()
-        ours, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # whole messages
         number, output = tempfile.mkstemp(suffix=".txt", dir=self._folder.name)
         os.close(number)
         request = {
