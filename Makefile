@@ -27,8 +27,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Tests that share what takes long to make are in a group, which stays together.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# A file's tests stay together, as they share what takes long to make. The longest files come first,
+# see tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST) -m "not long"

@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of what is random; otherwise another in every run")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes take longest. Begun last, one would keep a single worker busy."""
+    long = {item.path for item in items if "launcher" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture
 def seed(request) -> int:
     """Drawn where --seed gives none. A failed test prints it."""

@@ -19,7 +19,6 @@ from helpers.launcher import ENVIRONMENT, torchrun
 
 SCRIPT = str(REPO / "finetune_hf_trainer_ucf101.py")
 COLORS = {"Red": "red", "Green": "lime", "Blue": "blue"}
-pytestmark = pytest.mark.xdist_group("launchers")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ from conftest import REPO
 from helpers.launcher import torchrun
 from strategy_runs import RUNS, write_datasets
 
-pytestmark = pytest.mark.xdist_group("strategies")
-
 
 @pytest.fixture(scope="module")
 def runs(launcher, demo_checkpoint, tmp_path_factory) -> dict[int, dict[str, dict]]:
