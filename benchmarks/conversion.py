@@ -141,7 +141,7 @@ def take_turns(paths: list[Path], out: Path) -> dict[str, Cost]:
     for path in paths:
         video = Video(path.stem, "train", path.parent.name, path)
         costs[FLOOR].append(timed(partial(decode_alone, [path])))
-        costs[STEADY].append(timed(partial(convert_video, video, out, CHOSEN)))
+        costs[STEADY].append(timed(partial(convert_video, video, out, CHOSEN, max_gb=1)))
     return {way: Cost(*map(sum, zip(*each, strict=True))) for way, each in costs.items()}
 
 
