@@ -255,9 +255,10 @@ class CheckpointCallback(TrainerCallback):
         folder = self.folder
         if self.args.overwrite_output_dir:
             folder.remove_run()
-        # Checkpoints that can be resumed from are ours, whatever became of the record.
-        whole = [path.name for path in folder.checkpoints() if not incompleteness(path)]
-        known = {*folder.record["checkpoints"], *whole}
+        known = {*folder.record["checkpoints"]}
+        if self.args.resume_from_checkpoint is not None:
+            # What can be resumed from is this run's, whatever became of the record.
+            known |= {path.name for path in folder.checkpoints() if not incompleteness(path)}
         folder.update(settings=self.settings, finished=False, checkpoints=sorted(known))
 
     def _check_free_space(self, model: torch.nn.Module, saves: bool, deepspeed: bool) -> None:

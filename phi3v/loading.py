@@ -37,6 +37,7 @@ from transformers.models.phi3.modeling_phi3 import (
 )
 
 from .configuration_phi3_v import Phi3VConfig
+from .distributed import print_first
 from .failures import RunError
 from .image_processing_phi3_v import Phi3VImageProcessor
 from .modeling_phi3_v import Phi3VForCausalLM
@@ -341,8 +342,7 @@ def load_model(
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     if trained == 0:
         raise RunError("no parameter is left to train. Drop one of the flags that freeze.")
-    if training_args.process_index == 0:
-        print(f"{trained:,} trained parameters", flush=True)
+    print_first(f"{trained:,} trained parameters")
     return model
 
 

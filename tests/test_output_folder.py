@@ -177,6 +177,16 @@ def test_overwriting_removes_what_our_run_wrote(demo_checkpoint, output):
     assert all(left[name] == text.encode() for name, text in mine.items())
 
 
+def test_a_whole_checkpoint_of_another_run_is_not_taken_over(demo_checkpoint, finished, tmp_path):
+    """One that somebody put there stays when a new run deletes its own older ones."""
+    theirs = shutil.copytree(finished / "checkpoint-3", tmp_path / "checkpoint-100")
+    before = files_below(theirs)
+    flags = ("--overwrite_output_dir", "--use_lora", "--lora_rank", "2", "--save_total_limit", "1")
+    train(demo_checkpoint, tmp_path, *flags)
+    assert files_below(theirs) == before
+    assert OutputFolder(tmp_path).record["checkpoints"] == ["checkpoint-3"]
+
+
 def test_a_model_that_does_not_load_costs_no_results(demo_checkpoint, output, tmp_path):
     """The old run is there still when the new one cannot start."""
     broken = shutil.copytree(demo_checkpoint, tmp_path / "broken")
