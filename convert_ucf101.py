@@ -94,8 +94,8 @@ MAX_PIXELS = 1 << 25  # of a frame, which is 8K: dozens of them are held in memo
 # More than the model's context of 131,072 tokens holds, which is some 400 images.
 MAX_FRAMES = 1000
 MAX_WORKERS = 256
-# What the recipe refuses as a control token (phi3v/conversations.py), what would divide the list of
-# classes in the prompt, and what is no text.
+# What the recipe refuses as a control token (phi3v/data/conversations.py), what would divide the
+# list of classes in the prompt, and what is no text.
 NOT_IN_CLASSES = re.compile(r"<\||\|>|<s>|<unk>|[,\x00-\x1f\x7f\ud800-\udfff]")
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 # How far the number of packets may be from that of frames before a video is decoded twice.
@@ -363,7 +363,7 @@ def check_classes(labels: list[str]) -> None:
             raise ConvertError(f"{what} holds {found[0]!r}")
         if label != label.strip():
             raise ConvertError(f"{what} has white space around it")
-        # Answers are compared like this (phi3v/metrics.py).
+        # Answers are compared like this (phi3v/training/metrics.py).
         other = same.setdefault(label.strip(string.whitespace + ".").lower(), label)
         if other != label:
             raise ConvertError(f"{what} differs from {other!r} only in case or full stops")

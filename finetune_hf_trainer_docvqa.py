@@ -25,26 +25,27 @@ import random
 
 from transformers import Trainer
 
-from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import check_record
-from phi3v.errors import ConversationError, UniqueIds, keep_good
-from phi3v.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.failures import LossWatch
-from phi3v.images import check_images
-from phi3v.loading import load_model, load_processor
-from phi3v.metrics import anls
-from phi3v.packing import fit_lengths
-from phi3v.sources import (
+from phi3v.data.bad_samples import UniqueIds, keep_good
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import check_record
+from phi3v.data.images import check_images
+from phi3v.data.packing import fit_lengths
+from phi3v.data.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
     Records,
     cauldron_records,
     load_rows,
 )
-from phi3v.throughput import ThroughputCallback
-from phi3v.training import (
+from phi3v.errors import DataError
+from phi3v.training.arguments import make_parser, parse_arguments
+from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
+from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.training.loading import load_model, load_processor
+from phi3v.training.loss_watch import LossWatch
+from phi3v.training.metrics import anls
+from phi3v.training.throughput import ThroughputCallback
+from phi3v.training.training import (
     finish_run,
     make_training_arguments,
     save_model,
@@ -94,13 +95,13 @@ def from_examples(rows, seed: int, skip_bad: bool) -> Records:
     def make(index: int, images: list) -> dict:
         row = texts[index]
         if row.get("id", index) in (None, ""):
-            raise ConversationError(f"{where(index)}: id is empty. Give every row one of its own.")
+            raise DataError(f"{where(index)}: id is empty. Give every row one of its own.")
         if not row["answers"] or not all(answer and answer.strip() for answer in row["answers"]):
-            raise ConversationError(
+            raise DataError(
                 f"{where(index)}: answers must be texts, at least one and none empty. Correct it."
             )
         if not (row["query"] or {}).get("en"):
-            raise ConversationError(f"{where(index)}: query has no text `en`. Remove the row.")
+            raise DataError(f"{where(index)}: query has no text `en`. Remove the row.")
         identifier = f"docvqa-{row.get('id', index)}"
         turn = {
             "images": images,

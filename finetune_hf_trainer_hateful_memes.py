@@ -27,18 +27,12 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import ImageFolder, check_record
-from phi3v.errors import ConversationError, keep_good, quoted
-from phi3v.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.failures import LossWatch
-from phi3v.images import check_images
-from phi3v.loading import load_model, load_processor
-from phi3v.metrics import accuracy, auroc, normalise
-from phi3v.packing import fit_lengths
-from phi3v.sources import (
+from phi3v.data.bad_samples import keep_good
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import ImageFolder, check_record
+from phi3v.data.images import check_images
+from phi3v.data.packing import fit_lengths
+from phi3v.data.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
     Records,
@@ -47,8 +41,15 @@ from phi3v.sources import (
     read_fields,
     split_rows,
 )
-from phi3v.throughput import ThroughputCallback
-from phi3v.training import (
+from phi3v.errors import DataError, quoted
+from phi3v.training.arguments import make_parser, parse_arguments
+from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
+from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.training.loading import load_model, load_processor
+from phi3v.training.loss_watch import LossWatch
+from phi3v.training.metrics import accuracy, auroc, normalise
+from phi3v.training.throughput import ThroughputCallback
+from phi3v.training.training import (
     finish_run,
     make_training_arguments,
     save_model,
@@ -98,9 +99,7 @@ def check_answer(record: dict, where: str):
     """The metrics know two answers."""
     answer = record["conversations"][0]["assistant"]
     if normalise(answer) not in (normalise(YES), normalise(NO)):
-        raise ConversationError(
-            f"{where}: assistant is {quoted(answer)}, not {YES} or {NO}. Correct it."
-        )
+        raise DataError(f"{where}: assistant is {quoted(answer)}, not {YES} or {NO}. Correct it.")
 
 
 def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
@@ -112,7 +111,7 @@ def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
     def make(key: tuple[str, dict]) -> dict:
         where, meme = key
         if meme["label"] not in (0, 1):
-            raise ConversationError(f"{where}: label is {meme['label']}, not 0 or 1. Correct it.")
+            raise DataError(f"{where}: label is {meme['label']}, not 0 or 1. Correct it.")
         turn = {
             "images": [images.find(meme["img"], f"{where}: img")],
             "user": QUESTION.format(text=meme["text"]),

@@ -24,18 +24,12 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import check_record
-from phi3v.errors import ConversationError, keep_good
-from phi3v.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.failures import LossWatch
-from phi3v.images import check_images
-from phi3v.loading import load_model, load_processor
-from phi3v.metrics import accuracy
-from phi3v.packing import fit_lengths
-from phi3v.sources import (
+from phi3v.data.bad_samples import keep_good
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import check_record
+from phi3v.data.images import check_images
+from phi3v.data.packing import fit_lengths
+from phi3v.data.sources import (
     CAULDRON,
     CAULDRON_COLUMNS,
     Records,
@@ -44,8 +38,15 @@ from phi3v.sources import (
     read_fields,
     split_rows,
 )
-from phi3v.throughput import ThroughputCallback
-from phi3v.training import (
+from phi3v.errors import DataError
+from phi3v.training.arguments import make_parser, parse_arguments
+from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
+from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.training.loading import load_model, load_processor
+from phi3v.training.loss_watch import LossWatch
+from phi3v.training.metrics import accuracy
+from phi3v.training.throughput import ThroughputCallback
+from phi3v.training.training import (
     finish_run,
     make_training_arguments,
     save_model,
@@ -109,12 +110,12 @@ def official_records(path: Path, images: dict[str, list[str]], args) -> Records:
         names = image_names(row["identifier"])
         for name in names:
             if len(found := images.get(name, [])) != 1:
-                raise ConversationError(
+                raise DataError(
                     f"{where}: needs one image {name} below {path.parent}, and there is "
                     f"{' and '.join(found) or 'none'}."
                 )
         if str(row["label"]) not in ("True", "False"):
-            raise ConversationError(f"{where}: label must be True or False. Correct it.")
+            raise DataError(f"{where}: label must be True or False. Correct it.")
         turn = {
             "images": [images[name][0] for name in names],
             "user": QUESTION.format(sentence=row["sentence"]),

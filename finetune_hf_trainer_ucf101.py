@@ -31,18 +31,18 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import load_conversations
-from phi3v.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.failures import LossWatch
-from phi3v.images import check_images
-from phi3v.loading import load_model, load_processor
-from phi3v.metrics import accuracy
-from phi3v.packing import fit_lengths
-from phi3v.throughput import ThroughputCallback
-from phi3v.training import (
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import load_conversations
+from phi3v.data.images import check_images
+from phi3v.data.packing import fit_lengths
+from phi3v.training.arguments import make_parser, parse_arguments
+from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
+from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.training.loading import load_model, load_processor
+from phi3v.training.loss_watch import LossWatch
+from phi3v.training.metrics import accuracy
+from phi3v.training.throughput import ThroughputCallback
+from phi3v.training.training import (
     finish_run,
     make_training_arguments,
     save_model,

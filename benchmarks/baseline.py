@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
-from phi3v.modeling_phi3_v import Phi3VImageEmbedding
+from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
 
 CROP = 336
 

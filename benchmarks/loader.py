@@ -20,7 +20,7 @@ from benchmarks.baseline import preprocess
 from benchmarks.models import save_random
 from benchmarks.preprocessing import KINDS, make_file, read
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
-from phi3v.collators import TrainingCollator
+from phi3v.data.collators import TrainingCollator
 
 NUM_CROPS = 16
 

@@ -29,9 +29,9 @@ from benchmarks.preprocessing import KINDS, make_file, read
 from benchmarks.side_by_side import make_parser, report, spread
 from benchmarks.training_step import make_batch, process_memory, run
 from phi3v import Phi3VForCausalLM
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import load_conversations
-from phi3v.throughput import COUNTED, count_batch, training_flops
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import load_conversations
+from phi3v.training.throughput import COUNTED, count_batch, training_flops
 
 PARTS = ("samples", "rows", "processes", "cluster")
 

@@ -28,7 +28,7 @@ from benchmarks.baseline import BaselineForCausalLM
 from benchmarks.models import SIZES, make_config, save_random
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 from phi3v import Phi3VForCausalLM
-from phi3v.loading import lora_config, quantization_config
+from phi3v.training.loading import lora_config, quantization_config
 
 METHODS = ("full", "frozen", "lora", "qlora")
 SWITCH = ("yes", "no")

@@ -27,10 +27,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from demo.make_datasets import NUMBER_WORDS
 from demo.make_videos import CLASSES, FRAME_SIZE
-from phi3v.configuration_phi3_v import Phi3VConfig
-from phi3v.image_processing_phi3_v import Phi3VImageProcessor
-from phi3v.modeling_phi3_v import Phi3VForCausalLM
-from phi3v.processing_phi3_v import Phi3VProcessor
+from phi3v.model.configuration_phi3_v import Phi3VConfig
+from phi3v.model.image_processing_phi3_v import Phi3VImageProcessor
+from phi3v.model.modeling_phi3_v import Phi3VForCausalLM
+from phi3v.model.processing_phi3_v import Phi3VProcessor
 
 # What becomes whole words in the vocabulary. Every other text falls into characters and bytes.
 WORDS = (

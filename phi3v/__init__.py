@@ -5,10 +5,10 @@ classes.
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoProcessor
 
-from .configuration_phi3_v import Phi3VConfig
-from .image_processing_phi3_v import Phi3VImageProcessor
-from .modeling_phi3_v import Phi3VForCausalLM
-from .processing_phi3_v import Phi3VProcessor
+from .model.configuration_phi3_v import Phi3VConfig
+from .model.image_processing_phi3_v import Phi3VImageProcessor
+from .model.modeling_phi3_v import Phi3VForCausalLM
+from .model.processing_phi3_v import Phi3VProcessor
 
 AutoConfig.register(Phi3VConfig.model_type, Phi3VConfig)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)

@@ -1,7 +1,7 @@
 """
 Check a jsonl file of conversations and its images, without training on it:
 
-    python -m phi3v.conversations FILE --image_dir DIR
+    python -m phi3v.check FILE --image_dir DIR
 
 Every line is read and every image decoded. Bad samples are listed with the reason, and a summary
 with the lengths in tokens follows. The exit status is 0 if all is good, 1 if a sample is bad, and 2
@@ -18,17 +18,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .conversations import LineChecker, image_sizes
-from .errors import ConversationError, plain_message, quoted
-from .image_processing_phi3_v import Phi3VImageProcessor
-from .images import images_of, read_image
-from .json_lines import parse_line, read_lines
+from .data.conversations import LineChecker, image_sizes
+from .data.images import images_of, read_image
+from .data.json_lines import parse_line, read_lines
+from .errors import DataError, plain_message, quoted
+from .model.image_processing_phi3_v import Phi3VImageProcessor
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check, print, and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m phi3v.conversations",
+        prog="python -m phi3v.check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def _status(args: argparse.Namespace) -> int:
     try:
         return _check_file(args)
-    except ConversationError as error:  # of the file as a whole
+    except DataError as error:  # of the file as a whole
         print(plain_message(error))
         return 1
 
@@ -93,7 +93,7 @@ def _check_file(args: argparse.Namespace) -> int:
                 where = f"{args.file}, line {number}: sample {quoted(record['id'])}, {field}"
                 read_image(image, where, image_processor)
             lengths.append(count(record))
-        except ConversationError as error:
+        except DataError as error:
             counts["bad"] += 1
             counts["no answer"] += _unanswered(line)
             tqdm.write(plain_message(error))
@@ -130,8 +130,8 @@ def _token_counter(
         return only_images
     try:
         # Imported here: they bring the whole of training with them.
-        from .loading import load_processor
-        from .packing import count_tokens
+        from .data.packing import count_tokens
+        from .training.loading import load_processor
 
         processor = load_processor(args)
     except Exception as error:  # no network, no such folder, a broken file
@@ -148,7 +148,7 @@ def _unanswered(line: bytes) -> int:
     try:
         turns = parse_line(line, "")["conversations"]
         return sum(not str(turn.get("assistant") or "").strip() for turn in turns)
-    except (ConversationError, AttributeError, KeyError, TypeError):
+    except (DataError, AttributeError, KeyError, TypeError):
         return 0
 
 
@@ -158,3 +158,7 @@ def _distribution(lengths: array) -> str:
     return ", ".join(
         f"{name} {lengths[round(share * (len(lengths) - 1))]:,}" for name, share in points.items()
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from .failures import RunError
+from .errors import RunError
 
 T = TypeVar("T")
 

@@ -1,28 +1,54 @@
 """
-What is wrong with a dataset: the error that says so, and how bad samples are found and left out.
-
-Every kind of dataset goes through `find_bad` and `settle`, so `--skip_bad_samples` means the same
-everywhere, and every rank comes to the same result.
+The two errors that a user can act on, and messages in place of tracebacks for failures that have an
+explanation.
 """
 
+import atexit
+import contextlib
+import errno
+import json
 import os
 import reprlib
-import stat
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
 
+import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-SHOWN = 10
-SKIP = "Or go on without bad samples: --skip_bad_samples."
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILED_WRITE = (
+    *("No space left on device", "Disk quota exceeded", "File too large"),
+    *("PytorchStreamWriter", "unexpected pos"),
+)
+# What gloo and NCCL say.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+OUT_OF_MEMORY = (
+    "the GPU has no memory left. Lower, in this order: --batch_size_per_gpu (with the same "
+    "--batch_size the result stays the same), --eval_batch_size_per_gpu where it was evaluating, "
+    "--num_crops; or use --use_flash_attention, --deepspeed ds_configs/zero3.json or "
+    "zero3_offload.json, --use_lora, --use_qlora."
+)
+OVERFLOW = (
+    "fp16 overflows in step after step, at the smallest loss scale too. Use --bf16 where the GPU "
+    "has it, or lower --learning_rate."
+)
+# Seconds by which a rank that lost another one waits, so that the other's reason comes first.
+RESPITE = 2
 
-T = TypeVar("T")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 160
 
 
-class ConversationError(ValueError):
+class DataError(ValueError):
     """A record that is not what it has to be; the message says where and what to do."""
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do."""
 
 
 def plain_message(error: Exception) -> str:
@@ -44,116 +70,112 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def no_file(mode: int) -> str | None:
-    """What stands where a regular file should, by its `st_mode`; None if it is one."""
-    if stat.S_ISREG(mode):
-        return None
-    return "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-
-
 def quoted(value: object) -> str:
     """A value of the user's for a message: quoted, printable, and never longer than a line."""
     return _short.repr(value).replace("\n", " ")
 
 
-class UniqueIds:
+def explain_failures() -> None:
+    """From here on, a failure that has an explanation ends the run with it, on every rank."""
+    sys.excepthook = _report
+    atexit.register(_wait_for_gloo)
+    atexit.register(_leave_group)  # comes before, as the last one registered
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _wait_for_gloo() -> None:
     """
-    Refuses an id that came before.
+    Let gloo's threads finish before Python does.
 
-    Args:
-        place: what numbers count: "line" or "row".
+    They let go of a collective's tensors a moment after it is done. The tensors belong to Python,
+    which aborts the process where it is ending by then. Leaving the group does not end the threads
+    as long as anything refers to it: DDP, or a default argument in torch itself.
     """
-
-    def __init__(self, place: str):
-        self.place = place
-        self.first: dict[str, int] = {}
-
-    def add(self, identifier: str, number: int, where: str) -> None:
-        """Raise ConversationError, beginning with `where`, if another number has the id."""
-        if (first := self.first.setdefault(identifier, number)) != number:
-            raise ConversationError(
-                f"{where}: id {quoted(identifier)} is that of {self.place} {first} too. Make ids "
-                "unique."
-            )
+    end = time.monotonic() + 10
+    looks_at_rest = 0  # one is not enough: who waits for the interpreter's lock is asleep as well
+    while (states := _gloo_states()) and looks_at_rest < 5 and time.monotonic() < end:
+        looks_at_rest = looks_at_rest + 1 if states == {"S"} else 0
+        time.sleep(0.01)  # the lock is free for them meanwhile
 
 
-def find_bad(
-    samples: Iterable[tuple[int, T]], check: Callable[[T], object], all_of_them: bool
-) -> dict[int, str]:
-    """
-    The samples that `check` raises a ConversationError for.
-
-    Args:
-        samples: numbered. The ranks may look at different ones: each learns what all have found.
-        all_of_them: or only the first.
-
-    Returns:
-        Messages by sample number, in order, the same on every rank.
-    """
-    bad = {}
-    for number, sample in samples:
-        try:
-            check(sample)
-        except ConversationError as error:
-            bad[number] = str(error)
-            if not all_of_them:
-                break
-    shares = [bad]
-    if dist.is_available() and dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, bad)
-    found = {number: message for share in reversed(shares) for number, message in share.items()}
-    return dict(sorted(found.items()))
+def _gloo_states() -> set[str]:
+    """The states of gloo's threads, "S" for asleep. None are known where there is no /proc."""
+    states = set()
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            name, _, state = stat.read_text().rpartition(") ")
+            if name.endswith("(pt_gloo_runloop"):
+                states.add(state[0])
+    return states
 
 
-def on_all_ranks(load: Callable[[], T]) -> T:
-    """What `load()` returns. A ConversationError of one rank is raised on every one."""
-    message = result = None
-    try:
-        result = load()
-    except ConversationError as error:
-        message = str(error)
-    messages = [message]
-    if dist.is_available() and dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    for message in filter(None, messages):
-        raise ConversationError(message)
-    return result
-
-
-def settle(bad: dict[int, str], total: int, what: str, skip_bad: bool) -> None:
-    """
-    Say what `find_bad` found among `total` samples of `what`: with `skip_bad` in print, else as an
-    error.
-
-    Raises:
-        ConversationError: the first bad sample, or with `skip_bad`, that no good one is left.
-    """
-    if not bad:
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    atexit.unregister(_leave_group)  # it would wait for ranks that may be gone
+    text = explanation(error)
+    if text is None:
+        record_failure("".join(traceback.format_exception(kind, error, trace)))
+        sys.__excepthook__(kind, error, trace)
         return
-    messages = list(bad.values())
-    if not skip_bad:
-        raise ConversationError(f"{messages[0]} {SKIP}")
-    if len(bad) >= total:
-        raise ConversationError(f"{what}: all of the {total} samples are bad. {messages[0]}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{what}: {len(bad)} of {total} samples are bad and left out:", flush=True)
-        for message in messages[:SHOWN]:
-            print(f"  {message}", flush=True)
-        if len(bad) > SHOWN:
-            print(f"  and {len(bad) - SHOWN} more", flush=True)
+    if _lost_a_peer(error):
+        time.sleep(RESPITE)
+    record_failure(text)
+    if prints_failures():
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def keep_good(
-    samples: Sequence[T], check: Callable[[T], object], what: str, skip_bad: bool
-) -> list[T]:
+def prints_failures() -> bool:
+    """Not where torchrun shows this rank's record, and the first rank may fail alike."""
+    return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_ERROR_FILE" not in os.environ
+
+
+def record_failure(text: str) -> None:
     """
-    The samples that `check` raises no ConversationError for.
+    Let torchrun's summary, the last that a user sees, show `text` as the reason of this rank's end.
 
-    Raises:
-        ConversationError: as `settle`.
+    The file is that of torch elastic's `record`, which would put a traceback there.
     """
-    bad = find_bad(enumerate(samples), check, skip_bad)
-    settle(bad, len(samples), what, skip_bad)
-    return [sample for number, sample in enumerate(samples) if number not in bad]
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # torchrun then says that there is no record
+            content = {"message": {"message": text, "extraInfo": details}}
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def explanation(error: BaseException) -> str | None:
+    """What to tell about an error; None where nothing is known but the traceback."""
+    if isinstance(error, DataError):
+        return plain_message(error)
+    if isinstance(error, RunError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    if "loss scale already at minimum" in str(error):  # DeepSpeed
+        return OVERFLOW
+    if _disk_is_full(error):
+        # A copy has two names; the second one is written.
+        names = (getattr(error, name, None) for name in ("filename2", "filename"))
+        path = next(filter(None, names), "--output_dir")
+        return (
+            f"cannot write {path}: the disk is full, or a quota is ({error}). Free some space, "
+            "then go on with --resume_from_checkpoint; complete checkpoints are untouched."
+        )
+    if _lost_a_peer(error):
+        return f"another rank is gone, and its own message says why ({error})"
+    return None
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    return any(sign in str(error) for sign in LOST_PEER)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    # safetensors and torch.save tell what happened in words only, the latter not even why.
+    return isinstance(error, SafetensorError | RuntimeError | OSError) and any(
+        sign in str(error) for sign in FAILED_WRITE
+    )

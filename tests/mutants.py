@@ -36,8 +36,8 @@ class Mutant(NamedTuple):
     tests: str  # files of tests/, without .py
 
 
-MODEL, IMAGES = "phi3v/modeling_phi3_v.py", "phi3v/image_processing_phi3_v.py"
-CHECKPOINTS, OUTPUT = "phi3v/checkpoints.py", "phi3v/output_folder.py"
+MODEL, IMAGES = "phi3v/model/modeling_phi3_v.py", "phi3v/model/image_processing_phi3_v.py"
+CHECKPOINTS, OUTPUT = "phi3v/training/checkpoints.py", "phi3v/training/output_folder.py"
 
 MUTANTS = [
     # ---- No fault
@@ -45,14 +45,14 @@ MUTANTS = [
     # ---- The model: what the official code computes
     Mutant(
         "rope: the long factors' form is not read",
-        "phi3v/configuration_phi3_v.py",
+        "phi3v/model/configuration_phi3_v.py",
         '        rope["rope_type"] = "longrope"',
         '        rope["rope_type"] = "default"',
         "test_modeling",
     ),
     Mutant(
         "rope: another scaling factor of cos and sin",
-        "phi3v/configuration_phi3_v.py",
+        "phi3v/model/configuration_phi3_v.py",
         'self.rope_parameters.setdefault("factor", extension)',
         'self.rope_parameters["factor"] = 1.0',
         "test_modeling",
@@ -182,7 +182,7 @@ MUTANTS = [
     ),
     Mutant(
         "pixels: scaled by PIL's other filter",
-        "phi3v/resize.py",
+        "phi3v/model/resize.py",
         "reach = max(scale, 1.0)",
         "reach = max(scale, 1.25)",
         "test_processing",
@@ -190,63 +190,63 @@ MUTANTS = [
     # ---- Prompts and collators
     Mutant(
         "ids: no BOS after an image",
-        "phi3v/processing_phi3_v.py",
+        "phi3v/model/processing_phi3_v.py",
         "                tokens += next(ids)\n",
         "                tokens += next(ids)[1:]\n",
         "test_processing",
     ),
     Mutant(
         "images: tags out of order get the wrong image",
-        "phi3v/processing_phi3_v.py",
+        "phi3v/model/processing_phi3_v.py",
         "in_order += [own[number - 1] for number in numbers]",
         "in_order += [own[number - 1] for number in sorted(numbers)]",
         "test_processing",
     ),
     Mutant(
         "collator: the prompt is trained too",
-        "phi3v/collators.py",
+        "phi3v/data/collators.py",
         "            labels.append(token if answering else IGNORED)",
         "            labels.append(token)",
         "test_collators",
     ),
     Mutant(
         "collator: earlier answers are not trained",
-        "phi3v/collators.py",
+        "phi3v/data/collators.py",
         "            answering = answering or token == self.assistant\n",
         "            answering = False\n",
         "test_collators",
     ),
     Mutant(
         "collator: the answer's <|endoftext|> is missing",
-        "phi3v/collators.py",
+        "phi3v/data/collators.py",
         "<|end|>\\n<|endoftext|>",
         "<|end|>",
         "test_collators test_packing",
     ),
     Mutant(
         "collator: prompts to generate from are padded on the right",
-        "phi3v/collators.py",
+        "phi3v/data/collators.py",
         'self.processor.tokenizer.pad_token_id, "left"),',
         'self.processor.tokenizer.pad_token_id, "right"),',
         "test_collators",
     ),
     Mutant(
         "packing: samples see each other",
-        "phi3v/collators.py",
+        "phi3v/data/collators.py",
         "positions = [range(len(row)) for row in ids]",
         "positions = [range(sum(map(len, ids)))]",
         "test_packing",
     ),
     Mutant(
         "packing: rows are too long by one",
-        "phi3v/packing.py",
+        "phi3v/data/packing.py",
         "if left >= length), None)",
         "if left >= length - 1), None)",
         "test_packing",
     ),
     Mutant(
         "packing: --max_length leaves out samples that fit",
-        "phi3v/packing.py",
+        "phi3v/data/packing.py",
         "if max_length is None or length <= max_length]",
         "if max_length is None or length < max_length]",
         "test_packing",
@@ -254,56 +254,56 @@ MUTANTS = [
     # ---- Training
     Mutant(
         "arguments: AdamW's second beta",
-        "phi3v/training.py",
+        "phi3v/training/training.py",
         "adam_beta2=0.95,",
         "adam_beta2=0.999,",
         "test_training",
     ),
     Mutant(
         "arguments: accumulation forgets the ranks",
-        "phi3v/training.py",
+        "phi3v/training/training.py",
         "// (world_size() * args.batch_size_per_gpu),",
         "// args.batch_size_per_gpu,",
         "test_strategies",
     ),
     Mutant(
         "arguments: a learning rate of 0 becomes the base rate",
-        "phi3v/training.py",
+        "phi3v/training/training.py",
         "rate = args.learning_rate if own_rate is None else own_rate",
         "rate = own_rate or args.learning_rate",
         "test_training",
     ),
     Mutant(
         "arguments: NaN is a number",
-        "phi3v/arguments.py",
+        "phi3v/training/arguments.py",
         "if isinstance(value, float) and not math.isfinite(value):",
         "if False:",
         "test_training",
     ),
     Mutant(
         "LoRA: lm_head has no adapter",
-        "phi3v/loading.py",
+        "phi3v/training/loading.py",
         '"gate_up_proj", "down_proj", "lm_head"]',
         '"gate_up_proj", "down_proj"]',
         "test_training",
     ),
     Mutant(
         "LoRA: alpha is not scaled by the rank",
-        "phi3v/loading.py",
+        "phi3v/training/loading.py",
         "lora_alpha=args.lora_rank * args.lora_alpha_ratio,",
         "lora_alpha=args.lora_alpha_ratio,",
         "test_training",
     ),
     Mutant(
         "LoRA: a frozen vision model has adapters",
-        "phi3v/loading.py",
+        "phi3v/training/loading.py",
         "    if not args.freeze_vision_model:\n        targets +=",
         "    if True:\n        targets +=",
         "test_training",
     ),
     Mutant(
         "frozen: the token embedding is frozen as well",
-        "phi3v/loading.py",
+        "phi3v/training/loading.py",
         "model.model.vision_embed_tokens.requires_grad_(False)",
         "model.model.vision_embed_tokens.requires_grad_(False)\n"
         "        model.model.embed_tokens.requires_grad_(False)",
@@ -311,14 +311,14 @@ MUTANTS = [
     ),
     Mutant(
         "loss scaling: the first overflow ends the run",
-        "phi3v/failures.py",
+        "phi3v/errors.py",
         "if args.fp16 and self.overflows < MOST_OVERFLOWS:",
         "if False:",
         "test_checkpoints",
     ),
     Mutant(
         "loss scaling: overflows far apart end the run",
-        "phi3v/failures.py",
+        "phi3v/errors.py",
         "            self.overflows = 0\n            return",
         "            return",
         "test_checkpoints",
@@ -326,35 +326,35 @@ MUTANTS = [
     # ---- Evaluation
     Mutant(
         "evaluation: answers go to the wrong samples",
-        "phi3v/evaluation.py",
+        "phi3v/training/evaluation.py",
         "dict(zip(mine, answered, strict=False))",
         "dict(zip(sorted(mine), answered, strict=False))",
         "test_training",
     ),
     Mutant(
         "evaluation: one answer of several accepted ones",
-        "phi3v/evaluation.py",
+        "phi3v/training/evaluation.py",
         'record.get("answers") or [',
         "[",
         "test_recipes",
     ),
     Mutant(
         "evaluation: left at SIGTERM, and written all the same",
-        "phi3v/evaluation.py",
+        "phi3v/training/evaluation.py",
         "if any_rank(stopping.received(), device) if zero3 else stopping.received():",
         "if False:",
         "test_stopping",
     ),
     Mutant(
         "metric: full stops count",
-        "phi3v/metrics.py",
+        "phi3v/training/metrics.py",
         'string.whitespace + "."',
         "string.whitespace",
         "test_metrics",
     ),
     Mutant(
         "metric: ANLS without a threshold",
-        "phi3v/metrics.py",
+        "phi3v/training/metrics.py",
         "sum(score for score in best if score >= threshold)",
         "sum(best)",
         "test_metrics",
@@ -405,7 +405,7 @@ MUTANTS = [
     ),
     Mutant(
         "output: the model's folder is written to",
-        "phi3v/arguments.py",
+        "phi3v/training/arguments.py",
         "    check_output_dir(args, refuse)\n",
         "",
         "test_output_folder",
@@ -441,7 +441,7 @@ MUTANTS = [
     ),
     Mutant(
         "merge: a failure takes the adapter with it",
-        "phi3v/training.py",
+        "phi3v/training/training.py",
         "    except Exception as error:  # the disk, the memory, the hub\n",
         "    except Exception as error:\n"
         '        (output.path / "adapter_model.safetensors").unlink()\n',
@@ -457,21 +457,21 @@ MUTANTS = [
     ),
     Mutant(
         "data: control tokens in texts",
-        "phi3v/conversations.py",
+        "phi3v/data/conversations.py",
         "        if found := CONTROL_TOKEN.search(text):",
         "        if found := None:",
         "test_bad_input",
     ),
     Mutant(
         "data: images from outside the folder",
-        "phi3v/conversations.py",
+        "phi3v/data/conversations.py",
         "            if not inside:\n",
         "            if False:\n",
         "test_bad_input",
     ),
     Mutant(
         "data: any image format is opened",
-        "phi3v/images.py",
+        "phi3v/data/images.py",
         "formats=FORMATS",
         "formats=None",
         "test_bad_input",

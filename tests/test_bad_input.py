@@ -1,6 +1,6 @@
 """
 Wrong datasets, through the functions that the recipes load them with: every one is answered with
-one clear message, by ConversationError, before a model is loaded.
+one clear message, by DataError, before a model is loaded.
 """
 
 import argparse
@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from phi3v import errors, images
+from phi3v import errors
 from phi3v.check import main as check
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import (
-    ConversationError,
+from phi3v.data import images
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import (
+    DataError,
     ImageFolder,
     LineChecker,
     check_record,
@@ -30,9 +31,8 @@ from phi3v.conversations import (
     load_conversations,
     load_images,
 )
-from phi3v.errors import plain_message
-from phi3v.images import check_images
-from phi3v.sources import (
+from phi3v.data.images import check_images
+from phi3v.data.sources import (
     CAULDRON_COLUMNS,
     Records,
     cauldron_records,
@@ -40,6 +40,7 @@ from phi3v.sources import (
     read_fields,
     split_rows,
 )
+from phi3v.errors import plain_message
 from small_datasets import cauldron_row, write_parquet
 
 
@@ -235,7 +236,7 @@ def test_lines(tmp_path, image_dir, traps, kind):
     line, message, remedy = LINES[kind]
     checker = LineChecker(tmp_path / "data.jsonl", image_dir)
     checker.check(1, as_bytes(good("first", "a.jpg")))
-    with pytest.raises(ConversationError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         checker.check(2, as_bytes(line))
     text = str(caught.value)
     assert text.startswith(f"{tmp_path / 'data.jsonl'}, line 2") and remedy in text
@@ -248,7 +249,7 @@ def test_lines_of_a_file(tmp_path, image_dir, traps, kind):
     """The error tells the way to go on without bad lines, and that way leaves out no other line."""
     line, message, _ = LINES[kind]
     path = write(tmp_path, good("first", "a.jpg"), line, good("last"))
-    with pytest.raises(ConversationError, match=f"^{path}, line 2.*{message}.*--skip_bad_samples"):
+    with pytest.raises(DataError, match=f"^{path}, line 2.*{message}.*--skip_bad_samples"):
         load_conversations(path, image_dir)
     assert load_conversations(path, image_dir, skip_bad=True)["id"] == ["first", "last"]
 
@@ -258,7 +259,7 @@ def test_every_special_token_of_the_tokenizer_is_refused(tokenizer_folder):
     tokens = json.loads((tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
     assert len(tokens) > 40
     for token in tokens:
-        with pytest.raises(ConversationError, match="control token"):
+        with pytest.raises(DataError, match="control token"):
             check_record(good(user=f"x{token['content']}"), "here")
 
 
@@ -285,31 +286,31 @@ def test_what_only_looks_like_a_control_token_is_text(demo_processor):
 def test_files(tmp_path, image_dir, monkeypatch):
     """A file that is not there, is none, is empty or may not be read."""
     load = load_conversations
-    with pytest.raises(ConversationError, match="no such file, nor its folder .*no. Check"):
+    with pytest.raises(DataError, match="no such file, nor its folder .*no. Check"):
         load(tmp_path / "no" / "data.jsonl", image_dir)
-    with pytest.raises(ConversationError, match="none.jsonl: there is no such file. Check"):
+    with pytest.raises(DataError, match="none.jsonl: there is no such file. Check"):
         load(tmp_path / "none.jsonl", image_dir)
-    with pytest.raises(ConversationError, match="is a folder. Give a file"):
+    with pytest.raises(DataError, match="is a folder. Give a file"):
         load(image_dir, image_dir)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConversationError, match="is not a regular file. Give a file"):
+    with pytest.raises(DataError, match="is not a regular file. Give a file"):
         load(tmp_path / "pipe", image_dir)
-    with pytest.raises(ConversationError, match="cannot be read: embedded null byte"):
+    with pytest.raises(DataError, match="cannot be read: embedded null byte"):
         load("a\0b", image_dir)
-    with pytest.raises(ConversationError, match="cannot be read: File name too long"):
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
         load("a" * 5000, image_dir)
     for content in ("", "\n \n\t\n"):
-        with pytest.raises(ConversationError, match="data.jsonl: the file has no records. Write"):
+        with pytest.raises(DataError, match="data.jsonl: the file has no records. Write"):
             load(write(tmp_path, content), image_dir)
-    monkeypatch.setattr("phi3v.json_lines.MAX_LINE_BYTES", 100)
-    with pytest.raises(ConversationError, match="line 1 is longer than .* one record a line"):
+    monkeypatch.setattr("phi3v.data.json_lines.MAX_LINE_BYTES", 100)
+    with pytest.raises(DataError, match="line 1 is longer than .* one record a line"):
         load(write(tmp_path, good("x" * 200)), image_dir)
 
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ConversationError, match="permission denied. Change its permissions"):
+    with pytest.raises(DataError, match="permission denied. Change its permissions"):
         load(write_bytes(tmp_path), image_dir)
 
 
@@ -321,7 +322,7 @@ def write_bytes(tmp_path: Path) -> Path:
 def test_image_folder_that_is_not_there(tmp_path):
     """It is said where an image is asked for; texts alone need none."""
     path = write(tmp_path, good("a", "a.jpg"))
-    with pytest.raises(ConversationError, match="line 1: .*image folder .*no, which is no folder"):
+    with pytest.raises(DataError, match="line 1: .*image folder .*no, which is no folder"):
         load_conversations(path, tmp_path / "no")
     assert len(load_conversations(write(tmp_path, good("a")), tmp_path / "no")) == 1
 
@@ -353,9 +354,7 @@ def test_going_on_without_bad_lines(tmp_path, image_dir, capsys):
     assert records.origin.where(0) == f"{path}, line 2"
     assert records.origin.where(1) == f"{path}, line 5", "the blank line counts"
     (image_dir / "a.jpg").unlink()
-    with pytest.raises(
-        ConversationError, match="all of the 30 samples are bad. .*line 1: .*no.jpg"
-    ):
+    with pytest.raises(DataError, match="all of the 30 samples are bad. .*line 1: .*no.jpg"):
         load_conversations(path, image_dir, skip_bad=True)
 
 
@@ -378,11 +377,11 @@ def test_ranks_agree(monkeypatch):
     monkeypatch.setattr(errors.dist, "all_gather_object", gather)
 
     def refuse(sample):
-        raise ConversationError(f"mine {sample}")
+        raise DataError(f"mine {sample}")
 
     bad = errors.find_bad([(3, "c")], refuse, True)
     assert bad == {1: "theirs", 3: "mine c", 7: "also theirs"} and list(bad) == [1, 3, 7]
-    with pytest.raises(ConversationError, match="theirs .*--skip_bad_samples"):
+    with pytest.raises(DataError, match="theirs .*--skip_bad_samples"):
         errors.settle(bad, 10, "data", False)
 
 
@@ -465,7 +464,7 @@ def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     )
     monkeypatch.setattr(demo_processor.image_processor, "num_crops", 4)
     monkeypatch.setattr(demo_processor.image_processor, "crop_size", {"height": 336, "width": 336})
-    with pytest.raises(ConversationError, match=reason) as caught:
+    with pytest.raises(DataError, match=reason) as caught:
         check_images(records, "train", demo_processor, arguments())
     where = f"{tmp_path / 'data.jsonl'}, line 2: sample 'x-1', conversations[0].images[1]: "
     text = str(caught.value)
@@ -474,7 +473,7 @@ def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
     assert [record["id"] for record in kept] == ["fine"]
     message = f"sample 'x-1': cannot read {image_dir / 'bad.jpg'}: "
-    with pytest.raises(ConversationError) as caught:
+    with pytest.raises(DataError) as caught:
         load_images(records[1], demo_processor.image_processor)
     assert str(caught.value).startswith(message)
 
@@ -523,11 +522,11 @@ def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monke
 
 def test_damage_inside_of_few_images(demo_processor):
     """Is found before the start, since they are decoded. None at all are an error too."""
-    with pytest.raises(ConversationError, match="eval: there are no samples"):
+    with pytest.raises(DataError, match="eval: there are no samples"):
         check_images([], "eval", demo_processor, arguments())
     record = check_record(good("x"), "here")
     record["conversations"][0]["images"] = [damaged_png()]
-    with pytest.raises(ConversationError, match="sample 'x'.*broken data stream"):
+    with pytest.raises(DataError, match="sample 'x'.*broken data stream"):
         check_images([record], "train", demo_processor, arguments())
 
 
@@ -565,7 +564,7 @@ def test_images_of_rows(demo_processor, image, reason):
         lambda: load_images(record, demo_processor.image_processor),
         lambda: check_images([record], "train", demo_processor, arguments()),
     ):
-        with pytest.raises(ConversationError, match=f"sample 'x'.*{reason}"):
+        with pytest.raises(DataError, match=f"sample 'x'.*{reason}"):
             read()
 
 
@@ -592,7 +591,7 @@ def test_no_program_is_started_for_an_image(
         lambda: load_images(record),
         lambda: image_sizes(record),
     ):
-        with pytest.raises(ConversationError, match="cannot read"):
+        with pytest.raises(DataError, match="cannot read"):
             read()
     assert not (tmp_path / "called").exists()
 
@@ -608,12 +607,12 @@ def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, mo
     said = capsys.readouterr().out
     assert "train: looked at the images of 10 of 40 samples, evenly spaced. All of them: " in said
     command = f"data.jsonl --image_dir {image_dir} --num_crops 4"
-    assert "python -m phi3v.conversations /" in said and command in said
+    assert "python -m phi3v.check /" in said and command in said
     for flags in ({"max_length": 10}, {"pack_length": 10}, {"skip_bad_samples": True}):
         if "skip_bad_samples" in flags:
             assert len(check_images(records, "train", demo_processor, arguments(**flags))) == 39
         else:
-            with pytest.raises(ConversationError, match="line 2: sample '1'"):
+            with pytest.raises(DataError, match="line 2: sample '1'"):
                 check_images(records, "train", demo_processor, arguments(**flags))
         assert "evenly" not in capsys.readouterr().out
 
@@ -647,7 +646,7 @@ def test_plain_message_of_a_worker(tmp_path, image_dir, demo_processor):
         loader = DataLoader(
             records, collate_fn=TrainingCollator(demo_processor), num_workers=workers
         )
-        with pytest.raises(ConversationError) as caught:
+        with pytest.raises(DataError) as caught:
             next(iter(loader))
         assert plain_message(caught.value) == expected
 
@@ -830,7 +829,7 @@ def test_sources_of_rows(tmp_path, kind):
     """A broken dataset is one message that names it and, where it is one file, the file."""
     make, message = SOURCES[kind]
     path = make(tmp_path)
-    with pytest.raises(ConversationError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         cauldron_records(load(path), "task")[0]
     text = str(caught.value)
     assert str(path) in text and "\n" not in text
@@ -847,13 +846,13 @@ def test_all_shards_are_there(tmp_path, monkeypatch):
 def test_splits_of_rows(tmp_path):
     """A split that is not there, in either kind of folder; and none left to evaluate on."""
     folder = rows_of(tmp_path, row(), row(1))
-    with pytest.raises(ConversationError, match="split 'test' of .*test"):
+    with pytest.raises(DataError, match="split 'test' of .*test"):
         load(folder, split="test")
     datasets.DatasetDict({"train": load(folder)}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(ConversationError, match="no split 'test', only train"):
+    with pytest.raises(DataError, match="no split 'test', only train"):
         load(tmp_path / "dict", split="test")
     for count in (0, -1):
-        with pytest.raises(ConversationError, match=f"--num_eval_rows is {count}.*Raise it"):
+        with pytest.raises(DataError, match=f"--num_eval_rows is {count}.*Raise it"):
             split_rows(load(folder), count)
 
 
@@ -880,7 +879,7 @@ def test_rows(tmp_path, kind, capsys):
     """A bad row is named before the start, and only what is bad of it is left out."""
     bad, message = BAD_ROWS[kind]
     rows = load(rows_of(tmp_path, row(0), bad, row(2)))
-    with pytest.raises(ConversationError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         cauldron_records(rows, "task")
     assert str(caught.value).startswith(f"{tmp_path / 'rows'}: task, row 1")
     records = cauldron_records(rows, "task", skip_bad=True)
@@ -897,7 +896,7 @@ def test_broken_image_bytes_of_rows(tmp_path, demo_processor):
     path = typed(tmp_path, images=[[c] for c in contents], texts=[r["texts"] for r in rows])
     records = cauldron_records(load(path), "task")
     assert isinstance(records, Records) and len(records) == 6
-    with pytest.raises(ConversationError, match=r"sample 'task-1-0', conversations\[0\].images\[0"):
+    with pytest.raises(DataError, match=r"sample 'task-1-0', conversations\[0\].images\[0"):
         check_images(records, "train", demo_processor, arguments())
     kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
     assert [record["id"] for record in kept] == ["task-0-0", "task-0-1"]
@@ -932,7 +931,7 @@ def test_fields_of_json_lines(tmp_path, kind):
     line, message = BAD_FIELDS[kind]
     first, last = ({"id": i, "img": "a", "label": 0} for i in (1, 3))
     path = write(tmp_path, first, line, last)
-    with pytest.raises(ConversationError, match=f"data.jsonl, {message}"):
+    with pytest.raises(DataError, match=f"data.jsonl, {message}"):
         read_fields(path, FIELDS, unique="id")
     kept = read_fields(path, FIELDS, unique="id", skip_bad=True)
     assert [row["id"] for _, row in kept] == [1, 3] and kept[1][0].endswith("line 3")

@@ -17,7 +17,7 @@ from conftest import GOLDEN, REPO
 from golden_util import make_image
 from helpers.forward_cases import CASES, WITH_LOSS, case_inputs, check_outputs, rows
 from phi3v import Phi3VImageProcessor
-from phi3v.loading import lora_config
+from phi3v.training.loading import lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 PIXELS = json.loads((GOLDEN / "processor.json").read_text())["cases"]

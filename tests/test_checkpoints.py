@@ -17,17 +17,18 @@ from transformers import TrainerCallback
 
 from helpers.records import RECORDS
 from helpers.trainers import arguments, make_trainer
-from phi3v.checkpoints import (
+from phi3v.data.collators import TrainingCollator
+from phi3v.errors import RunError, explanation
+from phi3v.training.checkpoints import (
     CheckpointCallback,
     find_checkpoint,
     fingerprint,
     run_settings,
 )
-from phi3v.collators import TrainingCollator
-from phi3v.failures import LossWatch, RunError, explanation
-from phi3v.loading import load_processor
-from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.training import _prepare_deepspeed
+from phi3v.training.loading import load_processor
+from phi3v.training.loss_watch import LossWatch
+from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
+from phi3v.training.training import _prepare_deepspeed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -120,7 +121,7 @@ def test_other_processes_or_data_are_refused(demo_checkpoint, copy, monkeypatch)
     """So are another number of processes, and other samples."""
     with pytest.raises(RunError, match="training data is '2 samples"):
         resume(demo_checkpoint, copy, records=RECORDS[:2])
-    monkeypatch.setattr("phi3v.checkpoints.world_size", lambda: 2)
+    monkeypatch.setattr("phi3v.training.checkpoints.world_size", lambda: 2)
     with pytest.raises(RunError, match="processes is 2, it had 1"):
         resume(demo_checkpoint, copy)
 

@@ -9,8 +9,8 @@ from transformers import AutoProcessor
 from conftest import GOLDEN
 from golden_util import make_image, unrle
 from helpers.records import RECORDS, image, record, turn
-from phi3v.collators import GenerationCollator, TrainingCollator
-from phi3v.modeling_phi3_v import join_crops
+from phi3v.data.collators import GenerationCollator, TrainingCollator
+from phi3v.model.modeling_phi3_v import join_crops
 
 FORWARD = json.loads((GOLDEN / "forward.json").read_text())["cases"]
 

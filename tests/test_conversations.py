@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from phi3v.conversations import (
+from phi3v.data.conversations import (
     FEATURES,
-    ConversationError,
+    DataError,
     check_record,
     load_conversations,
     load_images,
@@ -78,7 +78,7 @@ def test_a_lost_image_is_noticed(tmp_path, image_dir):
     path = write(tmp_path, good())
     load_conversations(path, image_dir)
     (image_dir / "val/b.png").unlink()
-    with pytest.raises(ConversationError, match="'val/b.png' is not a file"):
+    with pytest.raises(DataError, match="'val/b.png' is not a file"):
         load_conversations(path, image_dir)
 
 
@@ -87,12 +87,12 @@ def test_a_file_is_read_in_its_first_run_alone(tmp_path, image_dir, monkeypatch)
     path = write(tmp_path, good(), good(id="x-1"))
     first = load_conversations(path, image_dir)
     with monkeypatch.context() as unreadable:
-        unreadable.setattr("phi3v.conversations.parse_line", None)
+        unreadable.setattr("phi3v.data.conversations.parse_line", None)
         again = load_conversations(path, image_dir)
     assert again[:] == first[:] and again.origin.where(1) == f"{path}, line 2"
     path = write(tmp_path, good(), good())
     for _ in range(2):
-        with pytest.raises(ConversationError, match="line 2: id 'x-0' is that of line 1 too"):
+        with pytest.raises(DataError, match="line 2: id 'x-0' is that of line 1 too"):
             load_conversations(path, image_dir)
 
 
@@ -101,20 +101,20 @@ def test_of_many_records_an_even_part_is_looked_at_again(
     tmp_path, image_dir, monkeypatch, lost, noticed
 ):
     """So that a start does not grow with the dataset. In the first run, all are looked at."""
-    monkeypatch.setattr("phi3v.conversations.MAX_CHECKED", 2)
+    monkeypatch.setattr("phi3v.data.conversations.MAX_CHECKED", 2)
     names = [f"{number}.jpg" for number in range(4)]
     for name in names:
         (image_dir / name).write_bytes(b"x")
     turns = [{"images": [name], "user": "a", "assistant": "b"} for name in names]
     path = write(tmp_path, *(good(id=str(i), conversations=[t]) for i, t in enumerate(turns)))
     (image_dir / names[lost]).unlink()
-    with pytest.raises(ConversationError, match=f"line {lost + 1}: "):
+    with pytest.raises(DataError, match=f"line {lost + 1}: "):
         load_conversations(path, image_dir)
     (image_dir / names[lost]).write_bytes(b"x")
     assert len(load_conversations(path, image_dir)) == 4
     (image_dir / names[lost]).unlink()
     if noticed:
-        with pytest.raises(ConversationError, match=rf"line {lost + 1}: .*'{names[lost]}'"):
+        with pytest.raises(DataError, match=rf"line {lost + 1}: .*'{names[lost]}'"):
             load_conversations(path, image_dir)
     else:
         assert len(load_conversations(path, image_dir)) == 4
@@ -151,7 +151,7 @@ def test_a_broken_image_names_its_sample(image_dir):
     path = image_dir / "val/broken.jpg"
     path.write_bytes((image_dir / "val/a.jpg").read_bytes()[:200])
     turn = {"images": [str(path)], "user": "a", "assistant": "b"}
-    with pytest.raises(ConversationError, match="sample 'x-9': cannot read .*broken.jpg"):
+    with pytest.raises(DataError, match="sample 'x-9': cannot read .*broken.jpg"):
         load_images({"id": "x-9", "conversations": [turn]})
 
 

@@ -10,7 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from helpers.recipes import recipe, run
 from helpers.records import MORE
-from phi3v.collators import TrainingCollator
+from phi3v.data.collators import TrainingCollator
 from small_datasets import cauldron_row, write_parquet
 
 pytestmark = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi3v import levels as compiled_levels
+from phi3v.model import levels as compiled_levels
 
 SIZE = 42
 STEPS = [(1, 1), (2, 2), (1, 4), (4, 1), (4, 4), (3, 4), (4, 3), (3, 3), (1, 2), (2, 8), (6, 6)]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
 from phi3v import Phi3VProcessor
-from phi3v.evaluation import generate
-from phi3v.failures import RunError
-from phi3v.loading import load_processor, load_weights
+from phi3v.errors import RunError
+from phi3v.training.evaluation import generate
+from phi3v.training.loading import load_processor, load_weights
 from test_collators import RECORDS
 from test_training import arguments, make_trainer
 
@@ -294,7 +294,7 @@ def test_wrong_model_folders(folder, monkeypatch, what):
     What is not a whole checkpoint of this model is refused in one line that names the folder, the
     file and what is wrong with it.
     """
-    monkeypatch.setattr("phi3v.loading.RENDERING_LIMIT", 1)
+    monkeypatch.setattr("phi3v.training.loading.RENDERING_LIMIT", 1)
     change, message = WRONG[what]
     change(folder)
     with pytest.raises(RunError, match=message) as refused:

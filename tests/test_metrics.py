@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from phi3v.metrics import accuracy, anls, auroc, normalise
+from phi3v.training.metrics import accuracy, anls, auroc, normalise
 
 
 def test_normalise():

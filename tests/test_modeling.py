@@ -20,7 +20,7 @@ from conftest import GOLDEN
 from golden_util import make_image
 from helpers.forward_cases import CASES, WITH_LOSS, case_inputs, check_outputs, rows
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor
-from phi3v.modeling_phi3_v import CACHE, assign_images, token_order
+from phi3v.model.modeling_phi3_v import CACHE, assign_images, token_order
 
 IMAGE = 32044
 pytestmark = pytest.mark.filterwarnings(

@@ -16,12 +16,17 @@ from conftest import REPO
 from helpers.launcher import torchrun
 from helpers.records import RECORDS
 from helpers.trainers import arguments, make_trainer
-from phi3v.arguments import make_parser, parse_arguments
-from phi3v.checkpoints import CheckpointCallback, bytes_to_write, find_checkpoint, run_settings
-from phi3v.failures import RunError
-from phi3v.loading import load_processor
-from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.training import finish_run, save_model
+from phi3v.errors import RunError
+from phi3v.training.arguments import make_parser, parse_arguments
+from phi3v.training.checkpoints import (
+    CheckpointCallback,
+    bytes_to_write,
+    find_checkpoint,
+    run_settings,
+)
+from phi3v.training.loading import load_processor
+from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
+from phi3v.training.training import finish_run, save_model
 from small_datasets import write_videos
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -135,7 +140,7 @@ def hold(folder: Path, started, ended) -> None:
 
 def test_two_runs_at_once(demo_checkpoint, tmp_path, monkeypatch):
     """The second run in a folder is refused as long as the first one lives."""
-    monkeypatch.setattr("phi3v.output_folder.PATIENCE", 0.1)
+    monkeypatch.setattr("phi3v.training.output_folder.PATIENCE", 0.1)
     context = multiprocessing.get_context("fork")
     started, ended = context.Event(), context.Event()
     other = context.Process(target=hold, args=(tmp_path, started, ended))
@@ -312,9 +317,9 @@ def test_a_merge_that_fails_leaves_the_adapter(demo_checkpoint, output, monkeypa
     """The trained adapter is in the output folder whatever becomes of merged/."""
     adapter = (output / "adapter_model.safetensors").read_bytes()
     owner = {
-        "from_pretrained": "phi3v.loading.Phi3VForCausalLM",
+        "from_pretrained": "phi3v.training.loading.Phi3VForCausalLM",
         "merge_and_unload": "peft.LoraModel",
-        "save_pretrained": "phi3v.modeling_phi3_v.Phi3VForCausalLM",
+        "save_pretrained": "phi3v.model.modeling_phi3_v.Phi3VForCausalLM",
     }[step]
 
     def fail(*args, **kwargs):

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 import plain_flash_attention
 from helpers.records import MORE
 from helpers.trainers import arguments, make_trainer
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import ConversationError
-from phi3v.loading import load_processor
-from phi3v.packing import count_tokens, fit_lengths, pack
-from phi3v.training import save_model
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import DataError
+from phi3v.data.packing import count_tokens, fit_lengths, pack
+from phi3v.training.loading import load_processor
+from phi3v.training.training import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -102,5 +102,5 @@ def test_samples_that_are_too_long(demo_checkpoint, tmp_path, capsys):
     for batch in DataLoader(kept, batch_size=1, collate_fn=collator):
         assert batch["input_ids"].shape[1] <= args.max_length
     args.max_length = min(lengths) - 1
-    with pytest.raises(ConversationError, match=f"the shortest has {min(lengths)}. Raise it"):
+    with pytest.raises(DataError, match=f"the shortest has {min(lengths)}. Raise it"):
         fit_lengths(MORE, processor, args)

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v import Phi3VConfig, Phi3VImageProcessor
-from phi3v.collators import IGNORED, GenerationCollator, TrainingCollator
-from phi3v.conversations import (
+from phi3v.data.collators import IGNORED, GenerationCollator, TrainingCollator
+from phi3v.data.conversations import (
     CONTROL_TOKEN,
-    ConversationError,
+    DataError,
     LineChecker,
     check_record,
     image_sizes,
 )
-from phi3v.images import check_image, read_image
-from phi3v.json_lines import read_lines
-from phi3v.modeling_phi3_v import Phi3VImageEmbedding
-from phi3v.packing import count_tokens
+from phi3v.data.images import check_image, read_image
+from phi3v.data.json_lines import read_lines
+from phi3v.data.packing import count_tokens
+from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
 
 
 def examples(count: int):
@@ -80,7 +80,7 @@ def read(folder: Path, content: bytes) -> list[dict]:
     checker = LineChecker(path, folder)
     try:
         return [checker.check(number, line) for number, line in read_lines(path)]
-    except ConversationError as error:
+    except DataError as error:
         text = str(error)
         if "has no records" not in text:
             [number] = re.findall(rf"^{re.escape(str(path))}, line (\d+)", text)
@@ -104,7 +104,7 @@ def test_any_json_is_read_exactly_or_refused(tmp_path, value):
     """What is not refused has the right form and the content that was written."""
     try:
         [record] = read(tmp_path, json.dumps(value).encode())
-    except ConversationError:
+    except DataError:
         return
     assert record == check_record(value, "here")
     for written, turn in zip(value["conversations"], record["conversations"], strict=True):
@@ -141,7 +141,7 @@ def test_mutated_bytes_are_read_or_refused(tmp_path, written, edits):
         }[kind]
     try:
         found = read(tmp_path, content)
-    except ConversationError:
+    except DataError:
         return
     again = b"\n".join(json.dumps(record).encode() for record in found)
     assert read(tmp_path, again) == found
@@ -184,7 +184,7 @@ def test_any_image_becomes_crops_or_is_refused(embedding, mode, width, height, n
         with pytest.raises(ValueError, match="too long and thin"):
             processor(image)
         if in_a_file:
-            with pytest.raises(ConversationError, match="here: .*too long and thin"):
+            with pytest.raises(DataError, match="here: .*too long and thin"):
                 check_image(file.getvalue(), "here", processor)
         return
     if in_a_file:
@@ -208,7 +208,7 @@ def pixels(content: bytes, look=read_image) -> bytes | None:
     """What is decoded of a file that `look` takes; None where it is refused in the right words."""
     try:
         look(content, "here", Phi3VImageProcessor(num_crops=1))
-    except ConversationError as error:
+    except DataError as error:
         assert str(error).startswith("here: cannot read the image: ")
         assert "\n" not in str(error)
         return None

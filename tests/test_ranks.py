@@ -8,7 +8,7 @@ import pytest
 
 from conftest import REPO
 from helpers.launcher import Launcher, torchrun
-from phi3v.output_folder import OutputFolder, incompleteness
+from phi3v.training.output_folder import OutputFolder, incompleteness
 from small_datasets import write_videos
 
 pytestmark = pytest.mark.slow

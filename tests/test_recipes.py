@@ -10,10 +10,10 @@ import datasets
 import pytest
 
 from helpers.recipes import recipe, run
-from phi3v.collators import TrainingCollator
-from phi3v.conversations import ConversationError, load_images
-from phi3v.evaluation import Result
-from phi3v.sources import Records
+from phi3v.data.collators import TrainingCollator
+from phi3v.data.conversations import DataError, load_images
+from phi3v.data.sources import Records
+from phi3v.training.evaluation import Result
 from small_datasets import cauldron_row, examples_row, picture, write_parquet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -74,7 +74,7 @@ def test_docvqa_records(tmp_path):
 def test_docvqa_data_that_is_not_there(tmp_path):
     """The message names the flag that the data was given with."""
     for split, flag in (("train", " --dataset"), ("test", " --eval_dataset")):
-        with pytest.raises(ConversationError, match=f"split '{split}' of .*{flag}_name_or_path"):
+        with pytest.raises(DataError, match=f"split '{split}' of .*{flag}_name_or_path"):
             recipe("docvqa").load_dataset(given(seed=1), str(tmp_path / "no"), split)
 
 
@@ -93,7 +93,7 @@ def test_docvqa_bad_rows(tmp_path):
     for number, (message, changes) in enumerate(bad.items()):
         rows = [examples_row(0), {**examples_row(1), **changes}, examples_row(2)]
         folder = str(write_parquet(tmp_path / str(number), "train", rows))
-        with pytest.raises(ConversationError, match=f"^{folder}: docvqa, {message}"):
+        with pytest.raises(DataError, match=f"^{folder}: docvqa, {message}"):
             docvqa.load_dataset(given(seed=1), folder, "train")
         arguments = given(seed=1)
         arguments.skip_bad_samples = True
@@ -125,7 +125,7 @@ def test_hateful_memes_other_answers(tmp_path):
     folder = write_parquet(tmp_path / "memes", "train", rows)
     arguments = given(dataset_name_or_path=str(folder), num_eval_rows=1)
     message = r"row 4, texts\[0\]: assistant is 'Maybe', not Yes or No"
-    with pytest.raises(ConversationError, match=message):
+    with pytest.raises(DataError, match=message):
         recipe("hateful_memes").load_datasets(arguments)
     arguments.skip_bad_samples = True
     train, evaluation = recipe("hateful_memes").load_datasets(arguments)
@@ -205,7 +205,7 @@ def test_nlvr2_image_in_two_folders(tmp_path):
     for name in ("a-0-0-img0.png", "a-0-0-img1.png", "a-1-0-img1.png"):
         picture(0).save(tmp_path / "first" / name)
     arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev.json")
-    with pytest.raises(ConversationError, match="train.json, line 2: .*first/a-1.* and .*second/"):
+    with pytest.raises(DataError, match="train.json, line 2: .*first/a-1.* and .*second/"):
         recipe("nlvr2").load_datasets(arguments)
     arguments.skip_bad_samples = True
     for records in recipe("nlvr2").load_datasets(arguments):
@@ -245,7 +245,7 @@ def test_columns_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
             "--deepspeed=none",
         ],
     )
-    with pytest.raises(ConversationError, match="Found: picture, caption.*images, texts"):
+    with pytest.raises(DataError, match="Found: picture, caption.*images, texts"):
         recipe(name).main()
 
 

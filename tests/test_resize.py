@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phi3v import Phi3VImageProcessor
-from phi3v.resize import resize
+from phi3v.model.resize import resize
 
 BILINEAR = Image.Resampling.BILINEAR
 TRANSPOSE = Image.Transpose.TRANSPOSE
@@ -61,5 +61,5 @@ def test_hd_transform_is_pils(width, height, num_crops):
 def test_the_same_without_numba(height_first, monkeypatch):
     """Where a checkpoint's files are used without numba, PIL gives the same pixels."""
     compiled = resize(noise(90, 70), 60, 100, height_first)
-    monkeypatch.setattr("phi3v.resize.numba", None)
+    monkeypatch.setattr("phi3v.model.resize.numba", None)
     assert np.array_equal(resize(noise(90, 70), 60, 100, height_first), compiled)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from conftest import REPO
 from helpers.launcher import Launcher, Process, torchrun
-from phi3v.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.stopping import STOPPED
+from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
+from phi3v.training.stopping import STOPPED
 from small_datasets import write_videos
 
 SCRIPT = REPO / "finetune_hf_trainer_ucf101.py"

@@ -9,11 +9,11 @@ import pytest
 
 from helpers.records import RECORDS
 from helpers.trainers import arguments, make_trainer
-from phi3v import stopping
-from phi3v.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.evaluation import EvaluateEvery, evaluate
-from phi3v.loading import load_processor
-from phi3v.output_folder import OutputFolder, incompleteness
+from phi3v.training import stopping
+from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
+from phi3v.training.evaluation import EvaluateEvery, evaluate
+from phi3v.training.loading import load_processor
+from phi3v.training.output_folder import OutputFolder, incompleteness
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

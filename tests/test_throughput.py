@@ -15,10 +15,17 @@ from helpers.recipes import run
 from helpers.records import RECORDS, image, record, turn
 from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
-from phi3v.collators import TrainingCollator
-from phi3v.failures import LossWatch, RunError
-from phi3v.loading import load_processor, lora_config
-from phi3v.throughput import COUNTED, ThroughputCallback, count_batch, peak_flops, training_flops
+from phi3v.data.collators import TrainingCollator
+from phi3v.errors import RunError
+from phi3v.training.loading import load_processor, lora_config
+from phi3v.training.loss_watch import LossWatch
+from phi3v.training.throughput import (
+    COUNTED,
+    ThroughputCallback,
+    count_batch,
+    peak_flops,
+    training_flops,
+)
 from strategy_runs import data_flags, write_datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -38,7 +45,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("phi3v.throughput.time", clock)
+    monkeypatch.setattr("phi3v.training.throughput.time", clock)
     return clock
 
 

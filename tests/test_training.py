@@ -20,13 +20,13 @@ from golden_util import make_image
 from helpers.records import RECORDS, image, record, turn
 from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
-from phi3v.arguments import RANGES, make_parser, parse_arguments
-from phi3v.collators import GenerationCollator, TrainingCollator
-from phi3v.evaluation import evaluate, generate
-from phi3v.failures import RunError
-from phi3v.loading import load_model, load_processor, lora_config
-from phi3v.metrics import accuracy
-from phi3v.training import (
+from phi3v.data.collators import GenerationCollator, TrainingCollator
+from phi3v.errors import RunError
+from phi3v.training.arguments import RANGES, make_parser, parse_arguments
+from phi3v.training.evaluation import evaluate, generate
+from phi3v.training.loading import load_model, load_processor, lora_config
+from phi3v.training.metrics import accuracy
+from phi3v.training.training import (
     finish_run,
     make_training_arguments,
     save_model,
@@ -513,7 +513,7 @@ def test_implied_flags(monkeypatch):
     assert parse_arguments(make_parser(""), ["--use_qlora"]).use_lora
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("phi3v.arguments.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: True)
     assert parse_arguments(make_parser(""), ["--use_flash_attention"]).bf16
 
 
@@ -646,8 +646,8 @@ def test_refused_hardware(gpu, flags, message, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
-    monkeypatch.setattr("phi3v.arguments.is_flash_attn_2_available", lambda: False)
-    monkeypatch.setattr("phi3v.arguments.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("phi3v.training.arguments.is_liger_kernel_available", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit):
         parse_arguments(make_parser(""), flags)
@@ -659,7 +659,7 @@ import os
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from phi3v.failures import explain_failures
+from phi3v.errors import explain_failures
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from transformers import Trainer
 
 from helpers.records import RECORDS
-from phi3v.arguments import make_parser, parse_arguments
-from phi3v.collators import TrainingCollator
-from phi3v.loading import load_model, load_processor
-from phi3v.throughput import ThroughputCallback
-from phi3v.training import make_training_arguments
+from phi3v.data.collators import TrainingCollator
+from phi3v.training.arguments import make_parser, parse_arguments
+from phi3v.training.loading import load_model, load_processor
+from phi3v.training.throughput import ThroughputCallback
+from phi3v.training.training import make_training_arguments
 
 
 def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:

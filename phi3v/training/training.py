@@ -16,14 +16,14 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..distributed import print_first, rank, world_size
+from ..errors import RunError, explain_failures
+from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
-from .distributed import print_first, rank, world_size
-from .failures import RunError, explain_failures
 from .loading import load_weights
 from .output_folder import OutputFolder
-from .processing_phi3_v import Phi3VProcessor
 
-DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 DECIDED_BY_FLAGS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu"),
@@ -37,7 +37,7 @@ TIMEOUT = timedelta(minutes=10)
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """
     The recipe's TrainingArguments. Also starts the process group, silences every rank but the
-    first, and from here on gives failures a message (see `failures.py`).
+    first, and from here on gives failures a message (see `errors.py`).
 
     Full finetuning runs under DeepSpeed ZeRO-2, LoRA under plain DDP, unless --deepspeed says
     otherwise.

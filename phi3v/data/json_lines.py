@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ConversationError, no_file, quoted
+from ..errors import DataError, quoted
+from .bad_samples import no_file
 
 # A longer one is no record: a file without line ends, or not a text at all.
 MAX_LINE_BYTES = 64 * 2**20
@@ -20,19 +21,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     The numbers, from 1 on, and the bytes of all lines that are not blank.
 
     Raises:
-        ConversationError: no such file, not a file, not readable, a line beyond all measure, or no
+        DataError: no such file, not a file, not readable, a line beyond all measure, or no
             lines at all.
     """
     empty = True
     try:
         if found := no_file(path.stat().st_mode):
-            raise ConversationError(f"{path} is {found}. Give a file of json lines.")
+            raise DataError(f"{path} is {found}. Give a file of json lines.")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise ConversationError(
+                    raise DataError(
                         f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB. Write "
                         "one record a line."
                     )
@@ -40,11 +41,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     empty = False
                     yield number, line
     except (OSError, ValueError) as error:
-        if isinstance(error, ConversationError):
+        if isinstance(error, DataError):
             raise
-        raise ConversationError(_unreadable(path, error)) from None
+        raise DataError(_unreadable(path, error)) from None
     if empty:
-        raise ConversationError(f"{path}: the file has no records. Write one record a line.")
+        raise DataError(f"{path}: the file has no records. Write one record a line.")
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> str:
@@ -63,18 +64,16 @@ def parse_line(line: bytes, where: str) -> object:
     The json value of a line.
 
     Raises:
-        ConversationError: not UTF-8, not JSON, or JSON beyond the standard: NaN, a key twice,
+        DataError: not UTF-8, not JSON, or JSON beyond the standard: NaN, a key twice,
             nested without end. The message begins with `where`.
     """
     if line.startswith(UTF16_MARKS) or b"\0" in line:
-        raise ConversationError(
+        raise DataError(
             f"{where}: not UTF-8, but perhaps UTF-16 (it has bytes that no UTF-8 text has). Save "
             "it as UTF-8."
         )
     if line.startswith(UTF8_MARK):
-        raise ConversationError(
-            f"{where}: begins with a byte order mark. Save it as UTF-8 without BOM."
-        )
+        raise DataError(f"{where}: begins with a byte order mark. Save it as UTF-8 without BOM.")
     try:
         return json.loads(
             line.decode(),
@@ -83,13 +82,13 @@ def parse_line(line: bytes, where: str) -> object:
             parse_constant=_refuse_constant,
         )
     except UnicodeDecodeError as error:
-        raise ConversationError(f"{where}: not UTF-8 ({error}). Save it as UTF-8.") from None
+        raise DataError(f"{where}: not UTF-8 ({error}). Save it as UTF-8.") from None
     except RecursionError:
-        raise ConversationError(
+        raise DataError(
             f"{where}: nested too deeply for JSON of a record. Remove what is not its fields."
         ) from None
     except ValueError as error:
-        raise ConversationError(f"{where}: not JSON ({error}). Write one record a line.") from None
+        raise DataError(f"{where}: not JSON ({error}). Write one record a line.") from None
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerState
 
+from ..data.images import undecoded
+from ..distributed import on_first_rank, print_first, world_size
+from ..errors import RunError, record_failure
+from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
-from .distributed import on_first_rank, print_first, world_size
-from .failures import RunError, record_failure
-from .images import undecoded
 from .output_folder import COMPLETE, MODE, OutputFolder, identity, incompleteness
-from .processing_phi3_v import Phi3VProcessor
 from .training import deepspeed_path, merge_adapter, merged_dtype
 
 FINGERPRINT_SAMPLES = 1000

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
-from .distributed import world_size
-from .failures import prints_failures, record_failure
+from ..distributed import world_size
+from ..errors import prints_failures, record_failure
 
 TORCHRUN_NUMBERS = (
     *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"),

@@ -36,12 +36,12 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3RMSNorm,
 )
 
-from .configuration_phi3_v import Phi3VConfig
-from .distributed import print_first
-from .failures import RunError
-from .image_processing_phi3_v import Phi3VImageProcessor
-from .modeling_phi3_v import Phi3VForCausalLM
-from .processing_phi3_v import Phi3VProcessor
+from ..distributed import print_first
+from ..errors import RunError
+from ..model.configuration_phi3_v import Phi3VConfig
+from ..model.image_processing_phi3_v import Phi3VImageProcessor
+from ..model.modeling_phi3_v import Phi3VForCausalLM
+from ..model.processing_phi3_v import Phi3VProcessor
 
 LANGUAGE_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
 VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

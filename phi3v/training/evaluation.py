@@ -15,15 +15,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..data.collators import GenerationCollator
+from ..distributed import any_rank, print_first
+from ..errors import RunError, record_failure
+from ..model.modeling_phi3_v import join_crops
+from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
 from .checkpoints import CheckpointCallback
-from .collators import GenerationCollator
-from .distributed import any_rank, print_first
-from .failures import RunError, record_failure
 from .metrics import normalise
-from .modeling_phi3_v import join_crops
 from .output_folder import OutputFolder
-from .processing_phi3_v import Phi3VProcessor
 
 
 class Result(NamedTuple):

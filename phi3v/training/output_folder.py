@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .failures import RunError
+from ..errors import RunError
 
 COMPLETE = "complete.json"
 OWN = ".phi3v"

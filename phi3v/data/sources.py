@@ -15,15 +15,9 @@ import datasets
 import pyarrow.parquet
 from pyarrow.compute import list_value_length
 
+from ..errors import DataError, first_line
+from .bad_samples import UniqueIds, find_bad, keep_good, settle
 from .conversations import check_record
-from .errors import (
-    ConversationError,
-    UniqueIds,
-    find_bad,
-    first_line,
-    keep_good,
-    settle,
-)
 from .json_lines import kind, parse_line, read_lines
 
 # As `datasets` and the hub name the parts of a split: train-00000-of-00003.parquet.
@@ -50,7 +44,7 @@ def load_rows(
         The rows; their attribute `origin` is `name_or_path`.
 
     Raises:
-        ConversationError: there is no such dataset or split, it is broken, or columns are missing
+        DataError: there is no such dataset or split, it is broken, or columns are missing
             or of another type; the message lists what was found and what was expected.
     """
     folder, local = Path(name_or_path), os.path.isdir(name_or_path)
@@ -61,7 +55,7 @@ def load_rows(
     )
     if not local and (folder.is_absolute() or name_or_path.startswith(".")):
         # No hub id looks like this, so the hub need not be asked.
-        raise ConversationError(
+        raise DataError(
             f"cannot load split {split!r} of {name_or_path}: there is no such folder. {remedy}"
         )
     saved = any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
@@ -72,7 +66,7 @@ def load_rows(
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, datasets.DatasetDict):
                 if split not in rows:
-                    raise ConversationError(
+                    raise DataError(
                         f"{name_or_path}: there is no split {split!r}, only {', '.join(rows)}."
                     )
                 rows = rows[split]
@@ -82,24 +76,24 @@ def load_rows(
                 None if local else config,
                 split=split,
             )
-    except ConversationError:
+    except DataError:
         raise
     except Exception as error:  # no network, no such id, no data files, a broken file, no split
         cause = _cause(folder if local else None, saved, error)
-        raise ConversationError(
+        raise DataError(
             f"cannot load split {split!r} of {name_or_path}: {cause}. {remedy}"
         ) from error
     if not any(columns <= set(rows.column_names) for columns in layouts):
-        raise ConversationError(
+        raise DataError(
             f"{name_or_path} does not have the right columns. Found: "
             f"{', '.join(rows.column_names)}. Expected: {wanted}."
         )
     if len(rows) == 0:
-        raise ConversationError(f"{name_or_path}: split {split!r} has no rows. {remedy}")
+        raise DataError(f"{name_or_path}: split {split!r} has no rows. {remedy}")
     for name in sorted(set().union(*layouts) & set(rows.column_names)):
         expected, fits = COLUMN_TYPES.get(name, ("", None))
         if fits and not fits(rows.features[name]):
-            raise ConversationError(
+            raise DataError(
                 f"{name_or_path}: column {name} must hold {expected} in every row; it is of type "
                 f"{rows.features[name]}. Convert the column."
             )
@@ -110,7 +104,7 @@ def load_rows(
 
 def _check_shards(folder: Path) -> None:
     """
-    Raise ConversationError where a split's files are not all there, or of two downloads.
+    Raise DataError where a split's files are not all there, or of two downloads.
 
     `datasets` loads what it finds.
     """
@@ -123,12 +117,12 @@ def _check_shards(folder: Path) -> None:
         totals = {total for _, total in found}
         missing = sorted(set(range(max(totals))) - {index for index, _ in found})
         if missing:
-            raise ConversationError(
+            raise DataError(
                 f"{start}-{missing[0]:05}-of-{max(totals):05} is missing ({len(missing)} in all). "
                 "Download it, or give the files that are there names without -of-."
             )
         if len(totals) > 1 or len(found) > max(totals):
-            raise ConversationError(
+            raise DataError(
                 f"{start}-*: {len(found)} files for {max(totals)} parts. Remove what is of another "
                 "download."
             )
@@ -247,7 +241,7 @@ def read_fields(
         skip_bad: leave bad lines out and print which, instead of an error for the first.
 
     Raises:
-        ConversationError: as `read_lines` and `parse_line`, or a line that is not an object with
+        DataError: as `read_lines` and `parse_line`, or a line that is not an object with
             `fields`.
     """
     found: dict[int, tuple[str, dict]] = {}
@@ -259,11 +253,11 @@ def read_fields(
         row = parse_line(line, where)
         missing = sorted(fields.keys() - row.keys()) if isinstance(row, dict) else sorted(fields)
         if missing:
-            raise ConversationError(f"{where} does not have the fields {', '.join(missing)}.")
+            raise DataError(f"{where} does not have the fields {', '.join(missing)}.")
         for name, types in fields.items():
             if not isinstance(row[name], types):
                 types = types if isinstance(types, tuple) else (types,)
-                raise ConversationError(
+                raise DataError(
                     f"{where}: {name} must be {' or '.join(kind(each()) for each in types)}, not "
                     f"{kind(row[name])}. Correct it."
                 )
@@ -300,10 +294,10 @@ def cauldron_records(
         skip_bad: leave bad questions out and print which, instead of an error for the first.
         images: how many every row has; any number but none by default.
         check_more: what the task asks of a record (without its images), which stands at `where`:
-            called with both, to raise ConversationError.
+            called with both, to raise DataError.
 
     Raises:
-        ConversationError: a row has no or the wrong number of images, no question, or a text is
+        DataError: a row has no or the wrong number of images, no question, or a text is
             wrong.
     """
     texts = rows.select_columns("texts")
@@ -322,7 +316,7 @@ def cauldron_records(
     def make(row: int, question: int, pictures: list) -> dict:
         text = questions(row)[question]
         if text is None:
-            raise ConversationError(f"{where(row, question)} is null. Remove it.")
+            raise DataError(f"{where(row, question)} is null. Remove it.")
         turn = {"images": pictures, "user": text["user"], "assistant": text["assistant"]}
         record = {"id": f"{name}-{row}-{question}", "source": name, "conversations": [turn]}
         return check_record(record, where(row, question))
@@ -331,9 +325,9 @@ def cauldron_records(
         row, question = key
         if not counts[row] or not questions(row):
             field = "texts" if counts[row] else "images"
-            raise ConversationError(f"{prefix}, row {row}: {field} is empty. Remove the row.")
+            raise DataError(f"{prefix}, row {row}: {field} is empty. Remove the row.")
         if images and counts[row] != images:
-            raise ConversationError(
+            raise DataError(
                 f"{prefix}, row {row} has {counts[row]} images, not {images}. Remove the row."
             )
         record = make(row, question, [])
@@ -350,11 +344,9 @@ def cauldron_records(
 def split_rows(rows: datasets.Dataset, num_eval: int) -> tuple[range, range]:
     """Row numbers for training and for evaluation: the first `num_eval` rows are evaluated on."""
     if num_eval < 1:
-        raise ConversationError(
-            f"--num_eval_rows is {num_eval}: none are left to evaluate on. Raise it."
-        )
+        raise DataError(f"--num_eval_rows is {num_eval}: none are left to evaluate on. Raise it.")
     if num_eval >= len(rows):
-        raise ConversationError(
+        raise DataError(
             f"--num_eval_rows is {num_eval} and the dataset has {len(rows)} rows: none are left to "
             "train on. Lower it."
         )

@@ -9,7 +9,7 @@ The record that every recipe turns its dataset into, and the jsonl that holds su
 relative to the image folder. In memory, an image is a path, the bytes of a file, a PIL image, or
 what `datasets` makes of one of them.
 
-    python -m phi3v.conversations FILE --image_dir DIR
+    python -m phi3v.check FILE --image_dir DIR
 
 checks such a file and every image in it; see `check.py`.
 """
@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,17 +28,9 @@ import datasets
 from datasets.utils import tqdm
 from PIL import Image
 
-from .errors import (
-    SKIP,
-    ConversationError,
-    UniqueIds,
-    find_bad,
-    no_file,
-    on_all_ranks,
-    quoted,
-    settle,
-)
-from .image_processing_phi3_v import Phi3VImageProcessor
+from ..errors import DataError, quoted
+from ..model.image_processing_phi3_v import Phi3VImageProcessor
+from .bad_samples import SKIP, UniqueIds, find_bad, no_file, on_all_ranks, settle
 from .images import MAX_CHECKED, image_size, images_of, read_image
 from .json_lines import kind, parse_line, read_lines
 
@@ -82,7 +73,7 @@ class Origin(NamedTuple):
     def command(self, num_crops: int) -> str:
         """What checks the whole file."""
         file, folder = shlex.quote(str(self.path)), shlex.quote(str(self.image_dir))
-        return f"python -m phi3v.conversations {file} --image_dir {folder} --num_crops {num_crops}"
+        return f"python -m phi3v.check {file} --image_dir {folder} --num_crops {num_crops}"
 
 
 def load_conversations(
@@ -106,7 +97,7 @@ def load_conversations(
         attribute `origin` is an [`Origin`].
 
     Raises:
-        ConversationError: the first line that is wrong: the file, the line, the field, and what is
+        DataError: the first line that is wrong: the file, the line, the field, and what is
             wrong with it. Or the file as a whole is.
     """
     path, image_dir = Path(path), Path(image_dir)
@@ -158,9 +149,9 @@ def _stored_records(path: Path, image_dir: Path, bad: Iterable[int]) -> datasets
             },
         )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        if isinstance(error.__cause__, ConversationError):
+        if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
-        raise ConversationError(
+        raise DataError(
             f"{path}: cannot write its cache to {datasets.config.HF_DATASETS_CACHE} "
             f"({error.__cause__ or error}). Set HF_DATASETS_CACHE to a folder with room."
         ) from error
@@ -175,12 +166,12 @@ def _checked_records(
         if number not in bad:
             try:
                 yield {**checker.check(number, line), "line": number}
-            except ConversationError as error:
-                raise ConversationError(f"{error} {SKIP}") from None
+            except DataError as error:
+                raise DataError(f"{error} {SKIP}") from None
 
 
 def _look_for_images(stored: datasets.Dataset, path: Path, image_dir: Path) -> None:
-    """Raise ConversationError for the first image that is gone since its record was stored."""
+    """Raise DataError for the first image that is gone since its record was stored."""
     folder = ImageFolder(image_dir)
     step = math.ceil(len(stored) / MAX_CHECKED)
     some = stored.select(range(0, len(stored), step)) if step > 1 else stored
@@ -188,8 +179,8 @@ def _look_for_images(stored: datasets.Dataset, path: Path, image_dir: Path) -> N
         for records in some.iter(batch_size=1000):
             for line, turns in zip(records["line"], records["conversations"], strict=True):
                 folder.find_all(turns, f"{path}, line {line}")
-    except ConversationError as error:
-        raise ConversationError(f"{error} {SKIP}") from None
+    except DataError as error:
+        raise DataError(f"{error} {SKIP}") from None
 
 
 class LineChecker:
@@ -205,7 +196,7 @@ class LineChecker:
         The record of line `number`, its images as full paths.
 
         Raises:
-            ConversationError: what is wrong with it; see `parse_line`, `check_record`,
+            DataError: what is wrong with it; see `parse_line`, `check_record`,
                 `ImageFolder`. Or an earlier line has its id.
         """
         where = f"{self.path}, line {number}"
@@ -236,7 +227,7 @@ class ImageFolder:
         The full paths of the images of every turn of a conversation.
 
         Raises:
-            ConversationError: as `find`, beginning with `where` and the number of the turn.
+            DataError: as `find`, beginning with `where` and the number of the turn.
         """
         return [
             [self.find(name, f"{where}: conversations[{index}].images") for name in turn["images"]]
@@ -248,11 +239,11 @@ class ImageFolder:
         The full path of the image `name`.
 
         Raises:
-            ConversationError: it is not the path of a file in the folder. The message begins with
+            DataError: it is not the path of a file in the folder. The message begins with
                 `field`.
         """
         if not isinstance(name, str):
-            raise ConversationError(f"{field} must hold paths, not {kind(name)}.")
+            raise DataError(f"{field} must hold paths, not {kind(name)}.")
         # Plain operations on strings: a dataset may have millions of names.
         path = name if name.startswith("/") else self._prefix + name
         try:
@@ -279,7 +270,7 @@ class ImageFolder:
                 problem = "is empty (0 bytes). Replace the image or remove the sample"
             else:
                 return path
-        raise ConversationError(f"{field}: {quoted(name.removeprefix(self._prefix))} {problem}.")
+        raise DataError(f"{field}: {quoted(name.removeprefix(self._prefix))} {problem}.")
 
     def _resolves_inside(self, path: str) -> bool:
         return os.path.join(os.path.realpath(path), "").startswith(self._prefix)
@@ -290,20 +281,20 @@ def check_record(record: object, where: str) -> dict:
     A record with all its fields, or an error that begins with `where`.
 
     Raises:
-        ConversationError: a field is missing, unknown, of the wrong type or empty.
+        DataError: a field is missing, unknown, of the wrong type or empty.
     """
     if not isinstance(record, dict):
-        raise ConversationError(
+        raise DataError(
             f"{where}: a record is an object, not {kind(record)}. Write "
             '{"id": ..., "conversations": [...]}.'
         )
     _check_keys(record, {"id", "conversations"}, {"source"}, where)
     identifier = _check_text(record["id"], f"{where}: id")
     if not identifier:
-        raise ConversationError(f"{where}: id is empty. Give every record an id of its own.")
+        raise DataError(f"{where}: id is empty. Give every record an id of its own.")
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise ConversationError(
+        raise DataError(
             f"{where}: conversations must be a list of at least one turn. Write "
             '[{"user": ..., "assistant": ...}].'
         )
@@ -319,36 +310,36 @@ def check_record(record: object, where: str) -> dict:
 
 def _check_turn(turn: object, where: str) -> dict:
     if not isinstance(turn, dict):
-        raise ConversationError(
+        raise DataError(
             f'{where} must be an object, not {kind(turn)}. Write {{"user": ..., "assistant": ...}}.'
         )
     _check_keys(turn, {"user", "assistant"}, {"images"}, where)
     for field in ("user", "assistant"):
         text = _check_text(turn[field], f"{where}.{field}")
         if found := CONTROL_TOKEN.search(text):
-            raise ConversationError(
+            raise DataError(
                 f"{where}.{field} contains {found[0]!r}, which would be read as a control token. "
                 "Remove it; images are listed in `images`."
             )
     if not turn["assistant"].strip():
-        raise ConversationError(
+        raise DataError(
             f"{where}.assistant is empty: there is nothing to learn. "
             "Write an answer or remove the turn."
         )
     images = turn.get("images")
     images = [] if images is None else images
     if not isinstance(images, list):
-        raise ConversationError(f"{where}.images must be a list, not {kind(images)}. Write [...].")
+        raise DataError(f"{where}.images must be a list, not {kind(images)}. Write [...].")
     return {"images": images, "user": turn["user"], "assistant": turn["assistant"]}
 
 
 def _check_text(text: object, where: str) -> str:
     if not isinstance(text, str):
-        raise ConversationError(f"{where} must be a string, not {kind(text)}. Write it in quotes.")
+        raise DataError(f"{where} must be a string, not {kind(text)}. Write it in quotes.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConversationError(
+        raise DataError(
             f"{where} has half a surrogate pair, {text[error.start]!r}, which is no character. "
             "Remove it or write the whole pair."
         ) from None
@@ -362,7 +353,7 @@ def _check_keys(record: dict, required: set[str], optional: set[str], where: str
         problems = [f"missing: {', '.join(missing)}"] if missing else []
         shown = [key if key.isidentifier() and len(key) < 40 else quoted(key) for key in unknown]
         problems += [f"unknown: {', '.join(shown[:5])}"] if unknown else []
-        raise ConversationError(
+        raise DataError(
             f"{where} has the wrong fields ({'; '.join(problems)}). Required: "
             f"{', '.join(sorted(required))}; optional: {', '.join(sorted(optional))}."
         )
@@ -393,7 +384,7 @@ def load_images(
     All images of a record, in order, decoded.
 
     Raises:
-        ConversationError: an image cannot be read, or does not fit the HD transform of
+        DataError: an image cannot be read, or does not fit the HD transform of
             `image_processor`; with the sample's id and the image's path.
     """
     where = f"sample {quoted(record['id'])}"
@@ -405,13 +396,7 @@ def image_sizes(record: dict) -> list[tuple[int, int]]:
     (width, height) of all images of a record, in order. Only their headers are read.
 
     Raises:
-        ConversationError: an image cannot be read; with the sample's id and the image's path.
+        DataError: an image cannot be read; with the sample's id and the image's path.
     """
     where = f"sample {quoted(record['id'])}"
     return [image_size(image, where) for _, image in images_of(record)]
-
-
-if __name__ == "__main__":
-    from .check import main
-
-    sys.exit(main())

@@ -18,9 +18,10 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from .errors import ConversationError, find_bad, first_line, no_file, quoted, settle
-from .image_processing_phi3_v import Phi3VImageProcessor
-from .processing_phi3_v import Phi3VProcessor
+from ..errors import DataError, first_line, quoted
+from ..model.image_processing_phi3_v import Phi3VImageProcessor
+from ..model.processing_phi3_v import Phi3VProcessor
+from .bad_samples import find_bad, no_file, settle
 
 # More images are not all looked at before the start, which would grow with the dataset.
 MAX_CHECKED = 20_000
@@ -51,7 +52,7 @@ def read_image(
         image_processor: where it is given, the image has to fit its HD transform.
 
     Raises:
-        ConversationError: the image cannot be read or used; the message names it.
+        DataError: the image cannot be read or used; the message names it.
     """
     return _read(image, where, image_processor, lambda opened, file: opened.load())
 
@@ -100,7 +101,7 @@ def _read(
         if image_processor is not None:
             image_processor.calc_hd_size(*opened.size)
     except Exception as error:  # decoders raise anything
-        raise ConversationError(
+        raise DataError(
             f"{where}: cannot read {_name(image)}: {_reason(error)}. Replace the image or remove "
             "the sample."
         ) from error
@@ -192,11 +193,11 @@ def check_images(
         what: the data's name in messages.
 
     Raises:
-        ConversationError: of the first bad sample; with --skip_bad_samples, that none is left. Or
+        DataError: of the first bad sample; with --skip_bad_samples, that none is left. Or
             there are no samples.
     """
     if len(records) == 0:
-        raise ConversationError(f"{what}: there are no samples. Check where it comes from.")
+        raise DataError(f"{what}: there are no samples. Check where it comes from.")
     origin = getattr(records, "origin", None)
     images = _count_images(records)
     check_one = read_image if images <= MAX_DECODED else check_image

@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .distributed import print_first
-from .failures import RunError
+from ..distributed import print_first
+from ..errors import RunError
 
 # What is counted in every micro-batch, padding excluded. `pairs` are a query and a key that it
 # attends to; `labels` are the positions at which the head runs.

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from .conversations import ConversationError, image_sizes, to_messages
-from .distributed import print_first, rank
-from .processing_phi3_v import Phi3VProcessor
+from ..distributed import print_first, rank
+from ..model.processing_phi3_v import Phi3VProcessor
+from .conversations import DataError, image_sizes, to_messages
 
 
 def fit_lengths(
@@ -26,7 +26,7 @@ def fit_lengths(
     row of its own.
 
     Raises:
-        ConversationError: no sample is left.
+        DataError: no sample is left.
     """
     max_length, pack_length = args.max_length, args.pack_length
     if max_length is None and pack_length is None:
@@ -41,7 +41,7 @@ def fit_lengths(
             f"longer (up to {max(lengths)} tokens) and left out"
         )
     if not kept:
-        raise ConversationError(
+        raise DataError(
             f"no training sample has at most --max_length {max_length} tokens; the shortest has "
             f"{min(lengths)}. Raise it, or lower --num_crops."
         )

@@ -11,8 +11,8 @@ from itertools import chain
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..model.processing_phi3_v import Phi3VProcessor
 from .conversations import load_images, to_messages
-from .processing_phi3_v import Phi3VProcessor
 
 IGNORED = -100
 IMAGE_INPUTS = ("pixel_values", "crop_levels", "level_values")
