@@ -193,7 +193,7 @@ def _fit(
     """
     long, short = max(width, height), min(width, height)
     if short < 1:
-        raise ValueError(f"An image of {width} x {height} pixels is empty.")
+        raise ValueError(f"An image of {long} x {short} pixels is empty.")
     ratio = long / short
     crops = 1
     while (crops + 1) * math.ceil((crops + 1) / ratio) <= num_crops:
@@ -201,7 +201,7 @@ def _fit(
     resized = crops * size, int(crops * size / ratio)
     if resized[1] == 0:
         raise ValueError(
-            f"An image of {width} x {height} pixels is too long and thin for "
+            f"An image of {long} x {short} pixels is too long and thin for "
             f"num_crops={num_crops}: scaled to a length of {resized[0]} pixels, nothing is left of "
             "its other side. Crop it or raise num_crops."
         )
