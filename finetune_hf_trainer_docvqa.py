@@ -23,24 +23,16 @@ eval_before.json and eval_after.json with the ANLS, every answer and every gener
 
 import random
 
+from datasets import Image
 from transformers import Trainer
 
-from phi3v.data.bad_samples import UniqueIds, keep_good
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import check_record
-from phi3v.data.images import check_images
-from phi3v.data.packing import fit_lengths
-from phi3v.data.sources import (
-    CAULDRON,
-    CAULDRON_COLUMNS,
-    Records,
-    cauldron_records,
-    load_rows,
-)
-from phi3v.errors import DataError
+from phi3v.data.prepare import prepare
+from phi3v.data.records import Records
+from phi3v.data.sources import load_rows
 from phi3v.training.arguments import make_parser, parse_arguments
 from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.training.evaluation import EvaluateEvery, evaluate
 from phi3v.training.loading import load_model, load_processor
 from phi3v.training.loss_watch import LossWatch
 from phi3v.training.metrics import anls
@@ -53,7 +45,9 @@ from phi3v.training.training import (
 )
 
 MINI = "nielsr/docvqa_1200_examples"
-EXAMPLES_COLUMNS = {"image", "query", "answers"}
+MINI_COLUMNS = {"id": object, "image": Image, "query": {"en": str}, "answers": [str]}
+CAULDRON = "HuggingFaceM4/the_cauldron"
+CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
 
 
 def get_arguments():
@@ -74,52 +68,60 @@ def get_arguments():
     return parse_arguments(parser)
 
 
-def load_dataset(args, name_or_path: str, split: str) -> Records:
-    """Rows of either layout, told apart by their columns."""
-    flag = "--dataset_name_or_path" if split == "train" else "--eval_dataset_name_or_path"
-    rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split, flag)
-    if "texts" in rows.column_names:
-        return cauldron_records(rows, "docvqa", skip_bad=args.skip_bad_samples)
-    return from_examples(rows, args.seed, args.skip_bad_samples)
+def load_datasets(args) -> tuple[Records, Records]:
+    """Records for training and for evaluation."""
+    train_name = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
+    train = load_rows(train_name, MINI_COLUMNS, CAULDRON_COLUMNS, config="docvqa")
+    evaluation = load_rows(
+        args.eval_dataset_name_or_path,
+        MINI_COLUMNS,
+        CAULDRON_COLUMNS,
+        config="docvqa",
+        split="test",
+        flag="--eval_dataset_name_or_path",
+    )
+
+    def to_records(row: dict) -> dict | list[dict]:
+        return cauldron_records(row) if "texts" in row else mini_record(row, args.seed)
+
+    return Records(train, to_records), Records(evaluation, to_records)
 
 
-def from_examples(rows, seed: int, skip_bad: bool) -> Records:
-    """Columns image, query {"en"}, answers: one of the answers is the target, drawn by the seed."""
+def mini_record(row: dict, seed: int) -> dict:
+    """One of the accepted answers is the one to learn, drawn by the seed."""
+    identifier, question = f"docvqa-{row['id']}", row["query"]["en"]
+    if not question or not row["answers"]:
+        raise ValueError("it needs a text `en` in `query`, and `answers`")
+    turn = {
+        "images": [row["image"]],
+        "user": f"{question}\nAnswer briefly.",
+        "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
+    }
+    return {
+        "id": identifier,
+        "source": "docvqa",
+        "conversations": [turn],
+        "answers": row["answers"],
+    }
 
-    texts = rows.remove_columns("image")
-    ids = UniqueIds("row")
 
-    def where(index: int) -> str:
-        return f"{rows.origin}: docvqa, row {index}"
-
-    def make(index: int, images: list) -> dict:
-        row = texts[index]
-        if row.get("id", index) in (None, ""):
-            raise DataError(f"{where(index)}: id is empty. Give every row one of its own.")
-        if not row["answers"] or not all(answer and answer.strip() for answer in row["answers"]):
-            raise DataError(
-                f"{where(index)}: answers must be texts, at least one and none empty. Correct it."
-            )
-        if not (row["query"] or {}).get("en"):
-            raise DataError(f"{where(index)}: query has no text `en`. Remove the row.")
-        identifier = f"docvqa-{row.get('id', index)}"
-        turn = {
-            "images": images,
-            "user": f"{row['query']['en']}\nAnswer briefly.",
-            "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
+def cauldron_records(row: dict) -> list[dict]:
+    """A record for every question of a row, with its texts as they are."""
+    if not row["images"]:
+        raise ValueError("images is empty")
+    return [
+        {
+            "source": "docvqa",
+            "conversations": [
+                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+            ],
         }
-        record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
-        return {**check_record(record, where(index)), "answers": row["answers"]}
-
-    def check(index: int) -> None:
-        ids.add(make(index, [])["id"], index, where(index))
-
-    # All texts are checked before the work starts; images are read when their record is.
-    good = keep_good(range(len(rows)), check, str(rows.origin), skip_bad)
-    return Records(good, lambda index: make(index, [rows[index]["image"]]))
+        for text in row["texts"] or []
+    ]
 
 
-def metrics(results: list[Result]) -> dict[str, float]:
+def metrics(results) -> dict[str, float]:
+    """Of results with `text`, what was generated, and `answers`, all lower-cased."""
     return {"anls": anls([r.text for r in results], [r.answers for r in results])}
 
 
@@ -128,13 +130,8 @@ def main():
     training_args = make_training_arguments(args)
 
     # Data before the model: a mistake in it should not cost the loading.
-    train_source = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
-    train_dataset = load_dataset(args, train_source, "train")
-    eval_dataset = load_dataset(args, args.eval_dataset_name_or_path, "test")
     processor = load_processor(args)
-    train_dataset = check_images(train_dataset, "training data", processor, args)
-    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
-    train_dataset = fit_lengths(train_dataset, processor, args)
+    train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
     settings = run_settings(args, train_dataset)
     checkpoint = find_checkpoint(args, settings)
 

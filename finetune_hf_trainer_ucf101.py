@@ -32,12 +32,11 @@ from pathlib import Path
 from transformers import Trainer
 
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import load_conversations
-from phi3v.data.images import check_images
-from phi3v.data.packing import fit_lengths
+from phi3v.data.prepare import prepare
+from phi3v.data.records import Records, load_records
 from phi3v.training.arguments import make_parser, parse_arguments
 from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
+from phi3v.training.evaluation import EvaluateEvery, evaluate
 from phi3v.training.loading import load_model, load_processor
 from phi3v.training.loss_watch import LossWatch
 from phi3v.training.metrics import accuracy
@@ -61,17 +60,18 @@ def get_arguments():
     return parse_arguments(parser)
 
 
-def load_split(args, split: str):
-    """
-    A split of the converted dataset: conversations of one turn, a video's frames and its class.
-    """
+def load_datasets(args) -> tuple[Records, Records]:
+    """Records for training and for evaluation: a video's frames, a question, its class."""
     folder = Path(args.data_dir)
-    return load_conversations(
-        folder / f"ucf101_{split}.jsonl", folder / "images", args.skip_bad_samples
+    train, evaluation = (
+        load_records(folder / f"ucf101_{split}.jsonl", folder / "images")
+        for split in ("train", args.eval_split)
     )
+    return train, evaluation
 
 
-def metrics(results: list[Result]) -> dict[str, float]:
+def metrics(results) -> dict[str, float]:
+    """Of results with `text`, what was generated, and `answers`, all lower-cased."""
     return {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
 
 
@@ -80,12 +80,8 @@ def main():
     training_args = make_training_arguments(args)
 
     # Data before the model: a mistake in it should not cost the loading.
-    train_dataset = load_split(args, "train")
-    eval_dataset = load_split(args, args.eval_split)
     processor = load_processor(args)
-    train_dataset = check_images(train_dataset, "training data", processor, args)
-    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
-    train_dataset = fit_lengths(train_dataset, processor, args)
+    train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
     settings = run_settings(args, train_dataset)
     checkpoint = find_checkpoint(args, settings)
 

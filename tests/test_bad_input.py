@@ -15,13 +15,6 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
-from PIL import Image
-from torch.utils.data import DataLoader
-
-from phi3v import errors
-from phi3v.check import main as check
-from phi3v.data import images
-from phi3v.data.collators import TrainingCollator
 from phi3v.data.conversations import (
     DataError,
     ImageFolder,
@@ -31,6 +24,13 @@ from phi3v.data.conversations import (
     load_conversations,
     load_images,
 )
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from phi3v import errors
+from phi3v.check import main as check
+from phi3v.data import images
+from phi3v.data.collators import TrainingCollator
 from phi3v.data.images import check_images
 from phi3v.data.sources import (
     CAULDRON_COLUMNS,

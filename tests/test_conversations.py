@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from PIL import Image
-
 from phi3v.data.conversations import (
     FEATURES,
     DataError,
@@ -13,6 +11,7 @@ from phi3v.data.conversations import (
     load_images,
     to_messages,
 )
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from phi3v.data.conversations import DataError
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +12,6 @@ import plain_flash_attention
 from helpers.records import MORE
 from helpers.trainers import arguments, make_trainer
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import DataError
 from phi3v.data.packing import count_tokens, fit_lengths, pack
 from phi3v.training.loading import load_processor
 from phi3v.training.training import save_model

@@ -10,10 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-
-from phi3v import Phi3VConfig, Phi3VImageProcessor
-from phi3v.data.collators import IGNORED, GenerationCollator, TrainingCollator
 from phi3v.data.conversations import (
     CONTROL_TOKEN,
     DataError,
@@ -21,8 +17,12 @@ from phi3v.data.conversations import (
     check_record,
     image_sizes,
 )
-from phi3v.data.images import check_image, read_image
 from phi3v.data.json_lines import read_lines
+from PIL import Image
+
+from phi3v import Phi3VConfig, Phi3VImageProcessor
+from phi3v.data.collators import IGNORED, GenerationCollator, TrainingCollator
+from phi3v.data.images import check_image, read_image
 from phi3v.data.packing import count_tokens
 from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from phi3v.data.conversations import DataError, load_images
 
 from helpers.recipes import recipe, run
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import DataError, load_images
 from phi3v.data.sources import Records
 from phi3v.training.evaluation import Result
 from small_datasets import cauldron_row, examples_row, picture, write_parquet
