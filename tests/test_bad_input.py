@@ -15,38 +15,22 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
-from phi3v.data.conversations import (
-    DataError,
-    ImageFolder,
-    LineChecker,
-    check_record,
-    image_sizes,
-    load_conversations,
-    load_images,
-)
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from phi3v import errors
+from phi3v import distributed
 from phi3v.check import main as check
-from phi3v.data import images
+from phi3v.data import images, prepare
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.images import check_images
-from phi3v.data.sources import (
-    CAULDRON_COLUMNS,
-    Records,
-    cauldron_records,
-    load_rows,
-    read_fields,
-    split_rows,
-)
-from phi3v.errors import plain_message
+from phi3v.data.images import check_images, image_sizes, load_images
+from phi3v.data.prepare import check_all_images
+from phi3v.data.records import Records, check_record, load_records
+from phi3v.data.rows import ImageFolder
+from phi3v.data.sources import load_rows
+from phi3v.errors import DataError, plain_message
 from small_datasets import cauldron_row, write_parquet
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def noise(size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -93,123 +77,72 @@ def arguments(**changes) -> argparse.Namespace:
 
 
 GOOD_LINE = json.dumps(good("x"))
-TURNS = json.dumps(good("x")["conversations"])
+TURNS = good("x")["conversations"]
 
 # ---------------------------------------------------------------- lines of a jsonl
 
-# What line 2 holds, what the message says after "line 2", and how the way out begins.
+# What line 2 holds, and what the message says after "line 2".
 LINES = {
-    "bytes that are no text": (b'{"id": "\xff"}', "not UTF-8", "Save it as UTF-8"),
-    "cut character": ('{"id": "é'.encode()[:-1], "not UTF-8", "Save it as UTF-8"),
-    "encoded surrogate": (b'{"id": "\xed\xa0\x80"}', "not UTF-8", "Save it as UTF-8"),
-    "UTF-16": (GOOD_LINE.encode("utf-16"), "UTF-16", "Save it as UTF-8"),
-    "UTF-16 without a mark": (GOOD_LINE.encode("utf-16-be"), "UTF-16", "Save it as UTF-8"),
-    "byte order mark": (GOOD_LINE.encode("utf-8-sig"), "byte order mark", "without BOM"),
-    "half a line": (GOOD_LINE[:40], "not JSON", "one record a line"),
-    "two records": (GOOD_LINE + GOOD_LINE, "not JSON", "one record a line"),
-    "single quotes": (GOOD_LINE.replace('"', "'"), "not JSON", "one record a line"),
-    "trailing comma": (GOOD_LINE[:-1] + ",}", "not JSON", "one record a line"),
-    "comment": ("// " + GOOD_LINE, "not JSON", "one record a line"),
-    "raw control character": (GOOD_LINE.replace("What", "\x01"), "not JSON", "one record a line"),
-    "NaN": ('{"id": NaN, "conversations": []}', "NaN is no JSON", "one record a line"),
-    "Infinity": ('{"id": "a", "conversations": -Infinity}', "-Infinity is no", "one record"),
-    "a key twice": ('{"id": "a", "id": "b", "conversations": []}', "key 'id' twice", "one record"),
-    "a turn's key twice": (
-        '{"id": "a", "conversations": [{"user": "a", "user": "b", "assistant": "c"}]}',
-        "key 'user' twice",
-        "one record",
+    "bytes that are no text": (
+        b'{"id": "\xff"}',
+        "not JSON in UTF-8: 'utf-8' codec .* UTF-8 without",
     ),
-    "deep lists": ("[" * 100_000, "nested too deeply", "Remove"),
-    "deep objects": ('{"a":' * 100_000, "nested too deeply", "Remove"),
-    "huge number": (
-        '{"id": ' + "9" * 5000 + ', "conversations": []}',
-        "number has 5000 digits",
-        "one",
+    "UTF-16": (GOOD_LINE.encode("utf-16"), "not JSON in UTF-8.* without BOM"),
+    "UTF-16 without a mark": (GOOD_LINE.encode("utf-16-be"), "not JSON in UTF-8"),
+    "byte order mark": (GOOD_LINE.encode("utf-8-sig"), "not JSON in UTF-8: Unexpected UTF-8 BOM"),
+    "half a line": (GOOD_LINE[:40], "not JSON .* Write one record per line"),
+    "two records": (GOOD_LINE + GOOD_LINE, "not JSON in UTF-8: Extra data"),
+    "NaN": ('{"id": NaN, "conversations": []}', "NaN is no JSON value"),
+    "Infinity": ('{"id": "a", "conversations": -Infinity}', "-Infinity is no JSON value"),
+    "a key twice": ('{"id": "a", "id": "b", "conversations": []}', "an object has a key twice"),
+    "deep lists": ("[" * 100_000, "maximum recursion depth"),
+    "huge number": ('{"id": ' + "9" * 5000 + "}", "5000 digits"),
+    "half a surrogate pair": (good("x", user="a\ud800b"), "surrogates not allowed"),
+    "surrogate in an id": (good("\udc00"), "surrogates not allowed"),
+    "surrogate in a key": ({**good(), "\ud800": 1}, r"unknown: '\\ud800'"),
+    "a string": ('"x"', "the record must be an object, not a string"),
+    "a list of records": (f"[{GOOD_LINE}]", "the record must be an object, not a list"),
+    "no id": ({"conversations": TURNS}, "missing: 'id'. Required: conversations, id; optional"),
+    "misspelt key": ({"id": "a", "conversation": TURNS}, "unknown: 'conversation'"),
+    "empty id": (good(""), "id is empty. Give"),
+    "null id": (good(None), "id must be a string, not null"),
+    "null source": ({**good(), "source": None}, "source must be a string, not null"),
+    "conversations null": ({**good(), "conversations": None}, "conversations must be a list"),
+    "no turns": ({**good(), "conversations": []}, "conversations is empty. Write at least one"),
+    "a turn that is null": (
+        {**good(), "conversations": [None]},
+        r"\[0\] must be an object, not null",
     ),
-    "float beyond floats": ('{"id": 1e999, "conversations": []}', ": id must be", "in quotes"),
-    "half a surrogate pair": (
-        json.dumps(good("x", user="a\ud800b")),
-        r"conversations\[0\].user has half a surrogate",
-        "whole pair",
-    ),
-    "surrogate in an id": (json.dumps(good("\udc00")), "id has half a surrogate", "whole pair"),
-    "surrogate in a key": (
-        '{"id": "a", "conversations": [], "\\ud800": 1}',
-        r"unknown: '\\ud800'",
-        "Required: conversations, id",
-    ),
-    "a string": ('"x"', "a record is an object, not a string", "Write"),
-    "null": ("null", "a record is an object, not null", "Write"),
-    "a list of records": (f"[{GOOD_LINE}]", "a record is an object, not a list", "Write"),
-    "no id": (f'{{"conversations": {TURNS}}}', "missing: id", "Required"),
-    "misspelt key": (
-        f'{{"id": "a", "conversation": {TURNS}}}',
-        "unknown: conversation",
-        "Required",
-    ),
-    "empty id": (good(""), "id is empty", "an id of its own"),
-    "null id": (good(None), "id must be a string, not null", "in quotes"),
-    "bool id": (good(True), "id must be a string, not a bool", "in quotes"),
-    "null source": ({**good(), "source": None}, "source must be a string", "in quotes"),
-    "conversations null": ({**good(), "conversations": None}, "at least one turn", "Write"),
-    "conversations an object": ({**good(), "conversations": {}}, "at least one turn", "Write"),
-    "no turns": ({**good(), "conversations": []}, "at least one turn", "Write"),
-    "a turn that is null": ({**good(), "conversations": [None]}, r"\[0\] must be an obj", "Write"),
-    "assistant missing": (
-        {**good(), "conversations": [{"user": "a"}]},
-        r"conversations\[0\] has the wrong fields \(missing: assistant\)",
-        "Required: assistant, user",
-    ),
-    "assistant null": (good(assistant=None), r"\[0\].assistant must be a string", "in quotes"),
-    "assistant a list": (good(assistant=["a"]), r"\[0\].assistant must be a string", "in quotes"),
-    "assistant empty": (good(assistant=""), r"\[0\].assistant is empty", "Write an answer"),
-    "assistant blank": (good(assistant="\n\t "), r"\[0\].assistant is empty", "Write an answer"),
-    "user a number": (good(user=3.5), r"\[0\].user must be a string, not a number", "in quotes"),
-    "id a number": (good(3), "id must be a string, not a whole number", "in quotes"),
     "a turn's key misspelt": (
-        {**good(), "conversations": [*good()["conversations"], {"user": "a", "assistent": "b"}]},
-        r"conversations\[1\] has the wrong fields \(missing: assistant; unknown: assistent\)",
-        "Required: assistant, user",
+        {**good(), "conversations": [*TURNS, {"user": "a", "assistent": "b"}]},
+        r"conversations\[1\] has the wrong fields \(missing: 'assistant'; unknown: 'assistent'\)",
     ),
-    "user null": (good(user=None), r"\[0\].user must be a string, not null", "in quotes"),
-    "an image that is a number": (good(images=[1]), r"must hold paths, not a whole number", ""),
-    "images a string": (good(images="a.jpg"), r"\[0\].images must be a list", "Write"),
-    "images an object": (good(images={}), r"\[0\].images must be a list", "Write"),
-    "an image that is null": (good(images=[None]), r"\[0\].images must hold paths, not null", ""),
-    "missing image": (good("x", "d.jpg"), r"\[0\].images: 'd.jpg' is not a file", "check both"),
-    "empty name": (good("x", ""), r"\[0\].images: '' is a folder", "path of an image"),
-    "a folder": (good("x", "sub"), r"\[0\].images: 'sub' is a folder", "path of an image"),
-    "a file as a folder": (good("x", "a.jpg/b.jpg"), "is not a file in", "check both"),
-    "a pipe": (good("x", "pipe"), "'pipe' is not a regular file", "path of an image"),
-    "zero bytes": (good("x", "empty.jpg"), r"\[0\].images: 'empty.jpg' is empty", "Replace"),
-    "parent folder": (good("x", "../secret.jpg"), "leaves the image folder", "Move"),
-    "parent of a sub-folder": (good("x", "sub/../../secret.jpg"), "leaves the image", "Move"),
-    "missing outside": (good("x", "../../none.jpg"), "leaves the image folder", "Move"),
-    "absolute": (good("x", "/etc/hostname"), "leaves the image folder", "Move"),
-    "link to outside": (good("x", "link.jpg"), "'link.jpg' leaves the image folder", "Move"),
-    "linked folder": (good("x", "linked/secret.jpg"), "leaves the image folder", "Move"),
-    "sibling with the same prefix": (good("x", "../images2/a.jpg"), "leaves the image", "Move"),
-    "dangling link": (good("x", "dangling.jpg"), "is not a file in", "check both"),
-    "link to itself": (good("x", "loop.jpg"), "cannot be read: Too many levels", "Check the path"),
-    "null byte": (good("x", "a\0.jpg"), "cannot be the name of a file", "Remove"),
-    "surrogate in a path": (good("x", "\udcff.jpg"), "cannot be the name of a file", "Remove"),
-    "long name": (good("x", "a" * 5000), "cannot be read: File name too long", "Check the path"),
-    "a URL": (good("x", "https://example.com/a.jpg"), "is not a file in", "check both"),
-    "id of line 1": (good("first"), "id 'first' is that of line 1 too", "Make ids unique"),
+    "assistant a list": (good(assistant=["a"]), r"\[0\].assistant must be a string, not a list"),
+    "assistant blank": (good(assistant="\n\t "), r"\[0\].assistant is empty. Write an answer"),
+    "user a number": (good(user=3.5), r"\[0\].user must be a string, not a number"),
+    "images a string": (good(images="a.jpg"), r"\[0\].images must be a list, not a string"),
+    "an image that is null": (
+        good(images=[None]),
+        r"\[0\].images: a path must be a string, not null",
+    ),
+    "missing image": (good("x", "d.jpg"), r"\[0\].images: 'd.jpg' cannot be read .No such file"),
+    "a folder": (good("x", "sub"), r"\[0\].images: 'sub' is not a file"),
+    "a file as a folder": (good("x", "a.jpg/b.jpg"), "cannot be read .Not a directory"),
+    "a pipe": (good("x", "pipe"), "'pipe' is not a file"),
+    "zero bytes": (good("x", "empty.jpg"), "'empty.jpg' is not a file, or an empty one"),
+    "parent of a sub-folder": (good("x", "sub/../../secret.jpg"), "leaves the image folder"),
+    "missing outside": (good("x", "../../none.jpg"), "leaves the image folder"),
+    "absolute": (good("x", "/etc/hostname"), "leaves the image folder"),
+    "link to outside": (good("x", "link.jpg"), "'link.jpg' leaves the image folder"),
+    "linked folder": (good("x", "linked/secret.jpg"), "leaves the image folder"),
+    "sibling with the same prefix": (good("x", "../images2/a.jpg"), "leaves the image folder"),
+    "dangling link": (good("x", "dangling.jpg"), "cannot be read .No such file"),
+    "link to itself": (good("x", "loop.jpg"), "cannot be read .Too many levels"),
+    "null byte": (good("x", "a\0.jpg"), "cannot be read .*null"),
+    "surrogate in a path": (good("x", "\udfff.jpg"), "cannot be read .*surrogates not allowed"),
+    "long name": (good("x", "a" * 5000), "cannot be read .File name too long"),
+    "id of line 1": (good("first"), "id 'first' is that of line 1 too. Make ids unique"),
 }
-
-CONTROL = [
-    *("<|image_7|>", "<|image_01|>", "<|image_٣|>", "<|image|>", "<|end|>", "<|endoftext|>"),
-    *("<|user|>", "<|assistant|>", "<|system|>", "<|placeholder1|>", "<|placeholder39|>"),
-    *("<s>", "</s>", "<unk>"),
-]
-for token in CONTROL:
-    for role in ("user", "assistant"):
-        LINES[f"{token} in {role}"] = (
-            good(**{role: f"a{token}b"}),
-            rf"conversations\[0\].{role} contains '{token}'".replace("|", r"\|"),
-            "Remove it",
-        )
 
 
 @pytest.fixture
@@ -231,27 +164,34 @@ def traps(tmp_path, image_dir):
 
 
 @pytest.mark.parametrize("kind", LINES)
-def test_lines(tmp_path, image_dir, traps, kind):
-    """File, line, field and way out are named, on one line; and good lines pass afterwards."""
-    line, message, remedy = LINES[kind]
-    checker = LineChecker(tmp_path / "data.jsonl", image_dir)
-    checker.check(1, as_bytes(good("first", "a.jpg")))
-    with pytest.raises(DataError, match=message) as caught:
-        checker.check(2, as_bytes(line))
-    text = str(caught.value)
-    assert text.startswith(f"{tmp_path / 'data.jsonl'}, line 2") and remedy in text
-    assert "\n" not in text and len(text) < 1000 and text.encode()
-    assert checker.check(3, as_bytes(good("last")))["id"] == "last"
-
-
-@pytest.mark.parametrize("kind", ["UTF-16", "half a line", "missing image", "id of line 1"])
-def test_lines_of_a_file(tmp_path, image_dir, traps, kind):
-    """The error tells the way to go on without bad lines, and that way leaves out no other line."""
-    line, message, _ = LINES[kind]
+def test_lines(tmp_path, image_dir, traps, kind, capsys):
+    """File, line, field and way out are named, on one line; and no other line is left out."""
+    line, message = LINES[kind]
     path = write(tmp_path, good("first", "a.jpg"), line, good("last"))
-    with pytest.raises(DataError, match=f"^{path}, line 2.*{message}.*--skip_bad_samples"):
-        load_conversations(path, image_dir)
-    assert load_conversations(path, image_dir, skip_bad=True)["id"] == ["first", "last"]
+    with pytest.raises(DataError, match=message) as caught:
+        load_records(path, image_dir).check()
+    text = str(caught.value)
+    assert text.startswith(f"{path}, line 2: ") and "--skip_bad_samples" in text
+    assert "\n" not in text and len(text) < 1000 and text.encode()
+    kept = load_records(path, image_dir).check(skip_bad=True)
+    assert [record["id"] for record in kept] == ["first", "last"]
+    assert "1 of 3 samples are bad" in capsys.readouterr().out
+
+
+CONTROL = [
+    *("<|image_7|>", "<|image_01|>", "<|image_٣|>", "<|image|>", "<|end|>", "<|endoftext|>"),
+    *("<|user|>", "<|assistant|>", "<|system|>", "<|placeholder1|>", "<|placeholder39|>"),
+    *("<s>", "</s>", "<unk>"),
+]
+
+
+def test_control_tokens():
+    """No text may hold what is read as the structure of the prompt."""
+    for token in CONTROL:
+        for role in ("user", "assistant"):
+            with pytest.raises(DataError) as caught:
+                check_record(good(**{role: f"a{token}b"}))
+            assert f"conversations[0].{role} contains {token!r}" in str(caught.value)
 
 
 def test_every_special_token_of_the_tokenizer_is_refused(tokenizer_folder):
@@ -260,7 +200,7 @@ def test_every_special_token_of_the_tokenizer_is_refused(tokenizer_folder):
     assert len(tokens) > 40
     for token in tokens:
         with pytest.raises(DataError, match="control token"):
-            check_record(good(user=f"x{token['content']}"), "here")
+            check_record(good(user=f"x{token['content']}"))
 
 
 def test_what_only_looks_like_a_control_token_is_text(demo_processor):
@@ -275,7 +215,7 @@ def test_what_only_looks_like_a_control_token_is_text(demo_processor):
         "<|image_x|>",
         "<0x0A>",
     ):
-        check_record(good(user=text, assistant=text), "here")
+        check_record(good(user=text, assistant=text))
         ids = demo_processor.tokenizer(text, add_special_tokens=False).input_ids
         assert not set(ids) & set(demo_processor.tokenizer.all_special_ids)
 
@@ -285,46 +225,33 @@ def test_what_only_looks_like_a_control_token_is_text(demo_processor):
 
 def test_files(tmp_path, image_dir, monkeypatch):
     """A file that is not there, is none, is empty or may not be read."""
-    load = load_conversations
-    with pytest.raises(DataError, match="no such file, nor its folder .*no. Check"):
-        load(tmp_path / "no" / "data.jsonl", image_dir)
-    with pytest.raises(DataError, match="none.jsonl: there is no such file. Check"):
-        load(tmp_path / "none.jsonl", image_dir)
-    with pytest.raises(DataError, match="is a folder. Give a file"):
-        load(image_dir, image_dir)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="is not a regular file. Give a file"):
-        load(tmp_path / "pipe", image_dir)
-    with pytest.raises(DataError, match="cannot be read: embedded null byte"):
-        load("a\0b", image_dir)
-    with pytest.raises(DataError, match="cannot be read: File name too long"):
-        load("a" * 5000, image_dir)
+    for path in (tmp_path / "none.jsonl", image_dir, tmp_path / "pipe", "a\0b", "a" * 5000):
+        with pytest.raises(DataError, match="there is no such file. Check"):
+            load_records(path, image_dir)
     for content in ("", "\n \n\t\n"):
         with pytest.raises(DataError, match="data.jsonl: the file has no records. Write"):
-            load(write(tmp_path, content), image_dir)
-    monkeypatch.setattr("phi3v.data.json_lines.MAX_LINE_BYTES", 100)
-    with pytest.raises(DataError, match="line 1 is longer than .* one record a line"):
-        load(write(tmp_path, good("x" * 200)), image_dir)
+            load_records(write(tmp_path, content), image_dir)
+    path = write(tmp_path, good("x" * 200))
+    with monkeypatch.context() as limited:
+        limited.setattr("phi3v.data.rows.MAX_LINE_BYTES", 100)
+        with pytest.raises(DataError, match="line 1 is longer than .* one record per line"):
+            load_records(path, image_dir)
 
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match="permission denied. Change its permissions"):
-        load(write_bytes(tmp_path), image_dir)
-
-
-def write_bytes(tmp_path: Path) -> Path:
-    os.close(os.open(tmp_path / "closed.jsonl", os.O_CREAT))
-    return tmp_path / "closed.jsonl"
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match="data.jsonl cannot be read: Permission denied"):
+        load_records(path, image_dir)
 
 
 def test_image_folder_that_is_not_there(tmp_path):
     """It is said where an image is asked for; texts alone need none."""
     path = write(tmp_path, good("a", "a.jpg"))
-    with pytest.raises(DataError, match="line 1: .*image folder .*no, which is no folder"):
-        load_conversations(path, tmp_path / "no")
-    assert len(load_conversations(write(tmp_path, good("a")), tmp_path / "no")) == 1
+    with pytest.raises(DataError, match="line 1: .*No such file.* relative to .*no"):
+        load_records(path, tmp_path / "no").check()
+    assert len(load_records(write(tmp_path, good("a")), tmp_path / "no")) == 1
 
 
 def test_paths_inside_stay_allowed(tmp_path, image_dir):
@@ -334,8 +261,8 @@ def test_paths_inside_stay_allowed(tmp_path, image_dir):
     for folder in (image_dir, tmp_path / "linked", f"{image_dir}/", image_dir / "." / ""):
         found = ImageFolder(folder)
         for name in ("a.jpg", str(image_dir / "a.jpg"), "./b.jpg", "../images/c.jpg", "same.jpg"):
-            assert Path(found.find(name, "here")).is_file()
-    assert ImageFolder("/").find(str(image_dir / "a.jpg"), "here") == str(image_dir / "a.jpg")
+            assert Path(found.find(name, "field")).is_file()
+    assert ImageFolder("/").find(str(image_dir / "a.jpg"), "field") == str(image_dir / "a.jpg")
 
 
 # ---------------------------------------------------------------- going on without bad samples
@@ -345,44 +272,48 @@ def test_going_on_without_bad_lines(tmp_path, image_dir, capsys):
     """All are counted and the first ten shown; order and origin of the rest are kept."""
     lines = [good(str(i), "a.jpg" if i % 2 else "no.jpg") for i in range(30)]
     path = write(tmp_path, *lines[:3], "", *lines[3:])
-    records = load_conversations(path, image_dir, skip_bad=True)
-    assert records["id"] == [str(i) for i in range(1, 30, 2)]
+    records = load_records(path, image_dir).check(skip_bad=True)
+    assert [record["id"] for record in records] == [str(i) for i in range(1, 30, 2)]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"{path}: 15 of 30 samples are bad and left out:"
     assert len(printed) == 12 and printed[-1] == "  and 5 more"
     assert printed[1].startswith(f"  {path}, line 1: conversations[0].images: 'no.jpg'")
-    assert records.origin.where(0) == f"{path}, line 2"
-    assert records.origin.where(1) == f"{path}, line 5", "the blank line counts"
+    assert records.where(0) == f"{path}, line 2"
+    assert records.where(1) == f"{path}, line 5", "the blank line counts"
     (image_dir / "a.jpg").unlink()
     with pytest.raises(DataError, match="all of the 30 samples are bad. .*line 1: .*no.jpg"):
-        load_conversations(path, image_dir, skip_bad=True)
+        load_records(path, image_dir).check(skip_bad=True)
 
 
-def test_skipping_without_bad_samples_changes_nothing(tmp_path, image_dir, capsys):
-    path = write(tmp_path, good("a", "a.jpg"), good("b"))
-    records = load_conversations(path, image_dir, skip_bad=True)
-    assert records[:] == load_conversations(path, image_dir)[:]
-    assert "bad" not in capsys.readouterr().out
+@pytest.mark.parametrize("each_machine", [True, False])
+def test_ranks_share_the_work(monkeypatch, each_machine):
+    """
+    Two machines of two ranks. Every machine does all of what needs its files; what is bad on one is
+    bad on both, and every rank knows all, in order.
+    """
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    shares = []
 
+    def work(index: int) -> int:
+        if index == 3 and os.environ["RANK"] in "01":  # on the first machine
+            raise DataError("bad")
+        return 10 * index
 
-def test_ranks_agree(monkeypatch):
-    """What one rank finds, all know; the first by number is the error."""
-    theirs = {1: "theirs", 7: "also theirs"}
+    def run(gather) -> dict:
+        monkeypatch.setattr(distributed, "gather", gather)
+        return distributed.share_out(work, range(8), each_machine)
 
-    def gather(shares, mine):
-        shares[:] = [mine, theirs]
-
-    monkeypatch.setattr(errors.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(errors.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(errors.dist, "all_gather_object", gather)
-
-    def refuse(sample):
-        raise DataError(f"mine {sample}")
-
-    bad = errors.find_bad([(3, "c")], refuse, True)
-    assert bad == {1: "theirs", 3: "mine c", 7: "also theirs"} and list(bad) == [1, 3, 7]
-    with pytest.raises(DataError, match="theirs .*--skip_bad_samples"):
-        errors.settle(bad, 10, "data", False)
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        run(lambda mine: shares.append(mine) or [mine])
+    done = [index for share in shares for index in share]
+    assert sorted(done) == sorted([*range(8)] * (2 if each_machine else 1))
+    found = run(lambda mine: shares)
+    assert list(found) == list(range(8)) and found[2] == 20
+    assert isinstance(found[3], DataError) if each_machine else found[3] == 30
 
 
 # ---------------------------------------------------------------- images
@@ -456,21 +387,21 @@ def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     File, line, sample, field, path, reason, way out; of few images, which are decoded, and of many.
     In training the same without the line.
     """
-    monkeypatch.setattr(images, "MAX_DECODED", 500 if few else 0)
+    monkeypatch.setattr(prepare, "MAX_DECODED", 500 if few else 0)
     content, reason = IMAGES[kind]
     (image_dir / "bad.jpg").write_bytes(content)
-    records = load_conversations(
+    records = load_records(
         write(tmp_path, good("fine", "a.jpg"), good("x-1", "b.jpg", "bad.jpg")), image_dir
     )
     monkeypatch.setattr(demo_processor.image_processor, "num_crops", 4)
     monkeypatch.setattr(demo_processor.image_processor, "crop_size", {"height": 336, "width": 336})
     with pytest.raises(DataError, match=reason) as caught:
-        check_images(records, "train", demo_processor, arguments())
+        check_all_images(records, demo_processor, arguments())
     where = f"{tmp_path / 'data.jsonl'}, line 2: sample 'x-1', conversations[0].images[1]: "
     text = str(caught.value)
     assert text.startswith(f"{where}cannot read {image_dir / 'bad.jpg'}: ")
     assert "Replace the image or remove the sample" in text and "\n" not in text
-    kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
+    kept = check_all_images(records, demo_processor, arguments(skip_bad_samples=True))
     assert [record["id"] for record in kept] == ["fine"]
     message = f"sample 'x-1': cannot read {image_dir / 'bad.jpg'}: "
     with pytest.raises(DataError) as caught:
@@ -509,11 +440,11 @@ GOOD_IMAGES = {
 @pytest.mark.parametrize("kind", GOOD_IMAGES)
 def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     """No check refuses what decodes; and the pixels are those of PIL."""
-    monkeypatch.setattr(images, "MAX_DECODED", 500 if few else 0)
+    monkeypatch.setattr(prepare, "MAX_DECODED", 500 if few else 0)
     path = image_dir / "good"
     path.write_bytes(GOOD_IMAGES[kind])
-    records = load_conversations(write(tmp_path, good("x", "good")), image_dir)
-    assert check_images(records, "train", demo_processor, arguments()) is records
+    records = load_records(write(tmp_path, good("x", "good")), image_dir)
+    assert check_all_images(records, demo_processor, arguments()) is records
     [image] = load_images(records[0])
     with Image.open(path) as plain:
         assert image.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
@@ -523,11 +454,11 @@ def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monke
 def test_damage_inside_of_few_images(demo_processor):
     """Is found before the start, since they are decoded. None at all are an error too."""
     with pytest.raises(DataError, match="eval: there are no samples"):
-        check_images([], "eval", demo_processor, arguments())
-    record = check_record(good("x"), "here")
+        check_all_images(Records([]).check(), demo_processor, arguments())
+    record = check_record(good("x"))
     record["conversations"][0]["images"] = [damaged_png()]
     with pytest.raises(DataError, match="sample 'x'.*broken data stream"):
-        check_images([record], "train", demo_processor, arguments())
+        check_all_images(Records([record]), demo_processor, arguments())
 
 
 def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
@@ -558,11 +489,11 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
 )
 def test_images_of_rows(demo_processor, image, reason):
     """Whatever stands in the place of an image is answered, also where no check came before."""
-    record = check_record(good("x"), "here")
+    record = check_record(good("x"))
     record["conversations"][0]["images"] = [image]
     for read in (
         lambda: load_images(record, demo_processor.image_processor),
-        lambda: check_images([record], "train", demo_processor, arguments()),
+        lambda: check_all_images(Records([record]), demo_processor, arguments()),
     ):
         with pytest.raises(DataError, match=f"sample 'x'.*{reason}"):
             read()
@@ -581,10 +512,10 @@ def test_no_program_is_started_for_an_image(
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
     path = image_dir / "bad.jpg"
     path.write_bytes(encoded("EPS"))
-    record = check_record(good("x"), "here")
+    record = check_record(good("x"))
     record["conversations"][0]["images"] = [Image.open(path) if opened else str(path)]
     for read in (
-        lambda: check_images([record], "train", demo_processor, arguments()),
+        lambda: check_all_images(Records([record]), demo_processor, arguments()),
         lambda: images.check_image(
             record["conversations"][0]["images"][0], "here", demo_processor.image_processor
         ),
@@ -598,45 +529,28 @@ def test_no_program_is_started_for_an_image(
 
 def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, monkeypatch):
     """Above the limit, an even sample is looked at, and the command for all is told."""
-    monkeypatch.setattr(images, "MAX_CHECKED", 20)
+    monkeypatch.setattr(prepare, "MAX_CHECKED", 20)
     lines = [good(str(i), "a.jpg", "b.jpg") for i in range(40)]
     (image_dir / "bad.jpg").write_bytes(b"no")
     lines[1] = good("1", "a.jpg", "bad.jpg")
-    records = load_conversations(write(tmp_path, *lines), image_dir)
-    assert check_images(records, "train", demo_processor, arguments()) is records
+    records = load_records(write(tmp_path, *lines), image_dir)
+    assert check_all_images(records, demo_processor, arguments()) is records
     said = capsys.readouterr().out
     assert "train: looked at the images of 10 of 40 samples, evenly spaced. All of them: " in said
     command = f"data.jsonl --image_dir {image_dir} --num_crops 4"
     assert "python -m phi3v.check /" in said and command in said
     for flags in ({"max_length": 10}, {"pack_length": 10}, {"skip_bad_samples": True}):
         if "skip_bad_samples" in flags:
-            assert len(check_images(records, "train", demo_processor, arguments(**flags))) == 39
+            assert len(check_all_images(records, demo_processor, arguments(**flags))) == 39
         else:
             with pytest.raises(DataError, match="line 2: sample '1'"):
-                check_images(records, "train", demo_processor, arguments(**flags))
+                check_all_images(records, demo_processor, arguments(**flags))
         assert "evenly" not in capsys.readouterr().out
-
-
-def test_ranks_share_the_work(demo_processor, monkeypatch):
-    """Each looks at a part; every machine looks at all."""
-    monkeypatch.setattr(images.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(images.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(
-        images.dist, "all_gather_object", lambda shares, mine: shares.__setitem__(0, mine)
-    )
-    looked = []
-    monkeypatch.setattr(images, "read_image", lambda image, *rest: looked.append(image))
-    records = [check_record(good(str(i), str(i)), "") for i in range(7)]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    for rank in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        check_images(records, "train", demo_processor, arguments())
-    assert sorted(looked) == [str(i) for i in range(7)]
 
 
 def test_plain_message_of_a_worker(tmp_path, image_dir, demo_processor):
     """An image that breaks during training: one line with the sample and the path."""
-    records = load_conversations(write(tmp_path, good("x-3", "a.jpg")), image_dir)
+    records = load_records(write(tmp_path, good("x-3", "a.jpg")), image_dir)
     (image_dir / "a.jpg").write_bytes(b"overwritten")
     expected = (
         f"sample 'x-3': cannot read {image_dir / 'a.jpg'}: {images.NO_IMAGE}. Replace the image "
@@ -907,35 +821,6 @@ def test_rows_that_were_selected_before_they_were_saved(tmp_path):
     rows = load(rows_of(tmp_path, row(0), {**row(1), "images": []}, row(2)))
     rows.select([2, 0]).save_to_disk(tmp_path / "selected")
     assert len(cauldron_records(load(tmp_path / "selected"), "task")) == 4
-
-
-FIELDS = {"id": (str, int), "img": str, "label": int}
-BAD_FIELDS = {
-    "misspelt": ({"id": 2, "image": "a", "label": 1}, "line 2 does not have the fields img"),
-    "null": ({"id": 2, "img": None, "label": 1}, "line 2: img must be a string, not null"),
-    "a list": (
-        {"id": [2], "img": "a", "label": 1},
-        "line 2: id must be a string or a whole number, not a list",
-    ),
-    "a fraction": ({"id": 1.5, "img": "a", "label": 1}, "line 2: id must be .*, not a number"),
-    "id of line 1": ({"id": 1, "img": "a", "label": 1}, "line 2: id '1' is that of line 1 too"),
-    "id of line 1 as a string": ({"id": "1", "img": "a", "label": 1}, "line 2: id '1' is that of"),
-    "a list for an object": ("[1]", "line 2 does not have the fields id, img, label"),
-    "not JSON": ("{", "line 2: not JSON"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FIELDS)
-def test_fields_of_json_lines(tmp_path, kind):
-    """The challenge's own files: fields, types and ids."""
-    line, message = BAD_FIELDS[kind]
-    first, last = ({"id": i, "img": "a", "label": 0} for i in (1, 3))
-    path = write(tmp_path, first, line, last)
-    with pytest.raises(DataError, match=f"data.jsonl, {message}"):
-        read_fields(path, FIELDS, unique="id")
-    kept = read_fields(path, FIELDS, unique="id", skip_bad=True)
-    assert [row["id"] for _, row in kept] == [1, 3] and kept[1][0].endswith("line 3")
-    assert len(read_fields(write(tmp_path, first, last), {"id": int, "img": str})) == 2
 
 
 # ---------------------------------------------------------------- the command

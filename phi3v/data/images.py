@@ -83,7 +83,8 @@ def _read_all(
 
 def _read(image: object, image_processor: Phi3VImageProcessor | None, look: Look) -> Image.Image:
     """Open an image and let `look` at it and at its file."""
-    name = quoted(str(image)) if isinstance(image, str | os.PathLike) else "the image"
+    name = str(image) if isinstance(image, str | os.PathLike) else "the image"
+    name = name if name.isprintable() and len(name) < 1000 else quoted(name)
     try:
         with _opened(image) as (opened, file):
             # MPO is a JPEG of several pictures; an image that was made in memory has no format.

@@ -171,9 +171,20 @@ class Records(Sequence):
         Raises:
             DataError: the first bad record, or with `skip_bad`, that no good one is left.
         """
-        bar = functools.partial(tqdm, desc=f"{self.origin}: checking", unit=self._word, delay=3)
+        bad = self.find_bad(first_alone=not skip_bad)
+        report_bad(bad, len(self._keys) + len(bad), self.origin, skip_bad)
+        return self
+
+    def find_bad(self, first_alone: bool = False) -> list[DataError]:
+        """What `check` finds, and the records are without from now on; or not all of it."""
         checked = share_out(
-            self.check_row, range(len(self.rows)), first_error=not skip_bad, progress=bar
+            self._check_row,
+            range(len(self.rows)),
+            first_error=first_alone,
+            # Hidden where the bars of `datasets` are.
+            progress=functools.partial(
+                tqdm, desc=f"checking {self.origin}", unit=self._word, delay=3
+            ),
         )
         keys, bad, first = [], [], {}
         for row, ids in checked.items():
@@ -187,13 +198,12 @@ class Records(Sequence):
                 else:
                     first[identifier] = row
                     keys.append((row, number))
-        report_bad(bad, len(keys) + len(bad), self.origin, skip_bad)
         self._keys = np.array(keys, dtype=np.int64).reshape(-1, 2)
-        return self
+        return bad
 
-    def check_row(self, row: int) -> list[str | DataError]:
+    def _check_row(self, row: int) -> list[str | DataError]:
         """
-        The ids of a row's records, by its index in `rows`. Of several, a bad one is its error.
+        The ids of a row's records; of several, a bad one is its error.
 
         Raises:
             DataError: the row, or its only record, is bad.

@@ -146,8 +146,6 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path):
         self.folder = os.path.realpath(folder)
-        # Images share their folders, so these are not resolved for every image.
-        self._holds = functools.lru_cache(10_000)(self._resolves_inside)
 
     def find(self, name: str, field: str) -> str:
         """
@@ -158,10 +156,10 @@ class ImageFolder:
         """
         path = os.path.join(self.folder, check_type(name, str, f"{field}: a path"))
         try:
-            inside = self._holds(os.path.dirname(path))
+            inside = _is_inside(self.folder, os.path.dirname(path))
             info = os.lstat(path) if inside else None
             if inside and stat.S_ISLNK(info.st_mode):
-                inside, info = self._resolves_inside(path), os.stat(path)
+                inside, info = _is_inside(self.folder, path), os.stat(path)
             if not inside:
                 problem = "leaves the image folder"
             elif not stat.S_ISREG(info.st_mode) or not info.st_size:
@@ -174,9 +172,11 @@ class ImageFolder:
             f"{field}: {quoted(name)} {problem}. Correct the path; it is relative to {self.folder}."
         )
 
-    def _resolves_inside(self, path: str) -> bool:
-        root = os.path.join(self.folder, "")
-        return os.path.join(os.path.realpath(path), "").startswith(root)
+
+@functools.lru_cache(10_000)  # images share their folders, so few are resolved
+def _is_inside(folder: str, path: str) -> bool:
+    root = os.path.join(folder, "")
+    return os.path.join(os.path.realpath(path), "").startswith(root)
 
 
 class _Unread:
