@@ -23,41 +23,27 @@ eval_before.json and eval_after.json with the ANLS, every answer and every gener
 
 import random
 
-from transformers import Trainer
+from datasets import Image
+from peft import LoraConfig
 
-from phi3v.data.bad_samples import UniqueIds, keep_good
-from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import check_record
-from phi3v.data.images import check_images
-from phi3v.data.packing import fit_lengths
-from phi3v.data.sources import (
-    CAULDRON,
-    CAULDRON_COLUMNS,
-    Records,
-    cauldron_records,
-    load_rows,
+from phi3v.data import Records, load_rows, prepare
+from phi3v.training import (
+    Phi3VTrainer,
+    RecipeParser,
+    load_model,
+    load_processor,
+    training_arguments,
 )
-from phi3v.errors import DataError
-from phi3v.training.arguments import make_parser, parse_arguments
-from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.training.loading import load_model, load_processor
-from phi3v.training.loss_watch import LossWatch
 from phi3v.training.metrics import anls
-from phi3v.training.throughput import ThroughputCallback
-from phi3v.training.training import (
-    finish_run,
-    make_training_arguments,
-    save_model,
-    set_learning_rates,
-)
 
 MINI = "nielsr/docvqa_1200_examples"
-EXAMPLES_COLUMNS = {"image", "query", "answers"}
+MINI_COLUMNS = {"id": object, "image": Image, "query": {"en": str}, "answers": [str]}
+CAULDRON = "HuggingFaceM4/the_cauldron"
+CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
 
 
 def get_arguments():
-    parser = make_parser(__doc__)
+    parser = RecipeParser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--full_train", action="store_true", help=f"train on all of DocVQA ({CAULDRON}, docvqa)"
@@ -71,99 +57,114 @@ def get_arguments():
         default=MINI,
         help="evaluate on the test split of this hub id or local folder",
     )
-    return parse_arguments(parser)
+    return parser.parse_args()
 
 
-def load_dataset(args, name_or_path: str, split: str) -> Records:
-    """Rows of either layout, told apart by their columns."""
-    flag = "--dataset_name_or_path" if split == "train" else "--eval_dataset_name_or_path"
-    rows = load_rows(name_or_path, [EXAMPLES_COLUMNS, CAULDRON_COLUMNS], "docvqa", split, flag)
-    if "texts" in rows.column_names:
-        return cauldron_records(rows, "docvqa", skip_bad=args.skip_bad_samples)
-    return from_examples(rows, args.seed, args.skip_bad_samples)
+def load_datasets(args) -> tuple[Records, Records]:
+    """Records for training and for evaluation."""
+    train_name = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
+    train = load_rows(train_name, MINI_COLUMNS, CAULDRON_COLUMNS, config="docvqa")
+    evaluation = load_rows(
+        args.eval_dataset_name_or_path,
+        MINI_COLUMNS,
+        CAULDRON_COLUMNS,
+        config="docvqa",
+        split="test",
+        flag="--eval_dataset_name_or_path",
+    )
+
+    def to_records(row: dict) -> dict | list[dict]:
+        return cauldron_records(row) if "texts" in row else mini_record(row, args.seed)
+
+    return Records(train, to_records), Records(evaluation, to_records)
 
 
-def from_examples(rows, seed: int, skip_bad: bool) -> Records:
-    """Columns image, query {"en"}, answers: one of the answers is the target, drawn by the seed."""
+def mini_record(row: dict, seed: int) -> dict:
+    """One of the accepted answers is the one to learn, drawn by the seed."""
+    identifier, question = f"docvqa-{row['id']}", row["query"]["en"]
+    if not question or not row["answers"]:
+        raise ValueError("it needs a text `en` in `query`, and `answers`")
+    turn = {
+        "images": [row["image"]],
+        "user": f"{question}\nAnswer briefly.",
+        "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
+    }
+    return {
+        "id": identifier,
+        "source": "docvqa",
+        "conversations": [turn],
+        "answers": row["answers"],
+    }
 
-    texts = rows.remove_columns("image")
-    ids = UniqueIds("row")
 
-    def where(index: int) -> str:
-        return f"{rows.origin}: docvqa, row {index}"
-
-    def make(index: int, images: list) -> dict:
-        row = texts[index]
-        if row.get("id", index) in (None, ""):
-            raise DataError(f"{where(index)}: id is empty. Give every row one of its own.")
-        if not row["answers"] or not all(answer and answer.strip() for answer in row["answers"]):
-            raise DataError(
-                f"{where(index)}: answers must be texts, at least one and none empty. Correct it."
-            )
-        if not (row["query"] or {}).get("en"):
-            raise DataError(f"{where(index)}: query has no text `en`. Remove the row.")
-        identifier = f"docvqa-{row.get('id', index)}"
-        turn = {
-            "images": images,
-            "user": f"{row['query']['en']}\nAnswer briefly.",
-            "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
+def cauldron_records(row: dict) -> list[dict]:
+    """A record for every question of a row, with its texts as they are."""
+    if not row["images"]:
+        raise ValueError("images is empty")
+    return [
+        {
+            "source": "docvqa",
+            "conversations": [
+                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+            ],
         }
-        record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
-        return {**check_record(record, where(index)), "answers": row["answers"]}
-
-    def check(index: int) -> None:
-        ids.add(make(index, [])["id"], index, where(index))
-
-    # All texts are checked before the work starts; images are read when their record is.
-    good = keep_good(range(len(rows)), check, str(rows.origin), skip_bad)
-    return Records(good, lambda index: make(index, [rows[index]["image"]]))
+        for text in row["texts"] or []
+    ]
 
 
-def metrics(results: list[Result]) -> dict[str, float]:
+def metrics(results) -> dict[str, float]:
+    """Of results with `text`, what was generated, and `answers`, all lower-cased."""
     return {"anls": anls([r.text for r in results], [r.answers for r in results])}
+
+
+def lora_config(args) -> LoraConfig:
+    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    if not args.freeze_vision_model:
+        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+        targets += ["img_projection.0", "img_projection.2"]
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank * args.lora_alpha_ratio,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
 
 
 def main():
     args = get_arguments()
-    training_args = make_training_arguments(args)
-
-    # Data before the model: a mistake in it should not cost the loading.
-    train_source = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
-    train_dataset = load_dataset(args, train_source, "train")
-    eval_dataset = load_dataset(args, args.eval_dataset_name_or_path, "test")
-    processor = load_processor(args)
-    train_dataset = check_images(train_dataset, "training data", processor, args)
-    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
-    train_dataset = fit_lengths(train_dataset, processor, args)
-    settings = run_settings(args, train_dataset)
-    checkpoint = find_checkpoint(args, settings)
-
-    model = load_model(args, training_args)
-    throughput = ThroughputCallback()
-    checkpoints = CheckpointCallback(args, processor, settings)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        data_collator=TrainingCollator(processor, with_ids=True),
-        train_dataset=train_dataset,
-        callbacks=[LossWatch(), throughput, checkpoints],
+    training_args = training_arguments(
+        args,  # its flags win: --optim adamw_bnb_8bit, --report_to wandb, ...
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        lr_scheduler_type="linear",
+        warmup_steps=50,
+        logging_steps=10,
     )
-    throughput.time_batches(trainer)
-    set_learning_rates(trainer, args)
-
-    def run_evaluation(file_name: str):
-        evaluate(trainer, processor, eval_dataset, metrics, file_name, args)
-
-    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation, checkpoints))
-
+    processor = load_processor(args)
+    train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    trainer = Phi3VTrainer(
+        model=load_model(args, training_args, lora_config(args)),
+        args=training_args,
+        flags=args,
+        processing_class=processor,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_metrics=metrics,
+    )
+    checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None:
-        run_evaluation("eval_before.json")
-    if args.eval_only:
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save_model(trainer, processor, args)
-    run_evaluation("eval_after.json")
-    finish_run(args)
+        trainer.evaluate(file_name="eval_before.json")
+    if not args.eval_only:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.evaluate(file_name="eval_after.json")
+        if args.merge_lora:
+            trainer.merge_adapter()
 
 
 if __name__ == "__main__":

@@ -23,46 +23,28 @@ answer, every generated text and its probability.
 """
 
 import os
-from pathlib import Path
 
-from transformers import Trainer
+from datasets import Image
+from peft import LoraConfig
 
-from phi3v.data.bad_samples import keep_good
-from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import ImageFolder, check_record
-from phi3v.data.images import check_images
-from phi3v.data.packing import fit_lengths
-from phi3v.data.sources import (
-    CAULDRON,
-    CAULDRON_COLUMNS,
-    Records,
-    cauldron_records,
-    load_rows,
-    read_fields,
-    split_rows,
+from phi3v.data import Records, load_rows, prepare
+from phi3v.training import (
+    Phi3VTrainer,
+    RecipeParser,
+    load_model,
+    load_processor,
+    training_arguments,
 )
-from phi3v.errors import DataError, quoted
-from phi3v.training.arguments import make_parser, parse_arguments
-from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.training.loading import load_model, load_processor
-from phi3v.training.loss_watch import LossWatch
-from phi3v.training.metrics import accuracy, auroc, normalise
-from phi3v.training.throughput import ThroughputCallback
-from phi3v.training.training import (
-    finish_run,
-    make_training_arguments,
-    save_model,
-    set_learning_rates,
-)
+from phi3v.training.metrics import accuracy, auroc
 
 YES, NO = "Yes", "No"
-# For the challenge's own files, which come without a question.
-QUESTION = 'Is a meme with this image and the text "{text}" hateful? Answer yes or no.'
+CAULDRON = "HuggingFaceM4/the_cauldron"
+CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
+CHALLENGE_COLUMNS = {"id": (int, str), "img": str, "text": str, "label": int}
 
 
 def get_arguments():
-    parser = make_parser(__doc__)
+    parser = RecipeParser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset_name_or_path",
@@ -76,100 +58,116 @@ def get_arguments():
     group.add_argument(
         "--eval_file", default="dev_seen.jsonl", help="of the challenge's files, to evaluate on"
     )
-    return parse_arguments(parser)
+    return parser.parse_args()
 
 
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
-    folder = Path(args.dataset_name_or_path)
-    if os.path.isfile(folder / "train.jsonl"):
-        names = ("train.jsonl", args.eval_file)
-        return tuple(challenge_records(folder, name, args.skip_bad_samples) for name in names)
-    rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "hateful_memes")
-    train, evaluation = split_rows(rows, args.num_eval_rows)
-    return tuple(
-        cauldron_records(
-            rows, "hateful_memes", indices, args.skip_bad_samples, check_more=check_answer
+    name, n = args.dataset_name_or_path, args.num_eval_rows
+    if os.path.isfile(f"{name}/train.jsonl"):
+        train = load_rows(f"{name}/train.jsonl", CHALLENGE_COLUMNS)
+        evaluation = load_rows(f"{name}/{args.eval_file}", CHALLENGE_COLUMNS)
+        return (
+            Records(train, challenge_record, image_dir=name),
+            Records(evaluation, challenge_record, image_dir=name),
         )
-        for indices in (train, evaluation)
-    )
+    train = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[{n}:]")
+    evaluation = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[:{n}]")
+    return Records(train, cauldron_records), Records(evaluation, cauldron_records)
 
 
-def check_answer(record: dict, where: str):
-    """The metrics know two answers."""
-    answer = record["conversations"][0]["assistant"]
-    if normalise(answer) not in (normalise(YES), normalise(NO)):
-        raise DataError(f"{where}: assistant is {quoted(answer)}, not {YES} or {NO}. Correct it.")
-
-
-def challenge_records(folder: Path, name: str, skip_bad: bool) -> Records:
-    """The challenge's json lines: id, img (a path in the folder), text, label (1 is hateful)."""
-    fields = {"id": (int, str), "img": str, "text": str, "label": int}
-    keys = read_fields(folder / name, fields, "id", skip_bad)
-    images = ImageFolder(folder)
-
-    def make(key: tuple[str, dict]) -> dict:
-        where, meme = key
-        if meme["label"] not in (0, 1):
-            raise DataError(f"{where}: label is {meme['label']}, not 0 or 1. Correct it.")
-        turn = {
-            "images": [images.find(meme["img"], f"{where}: img")],
-            "user": QUESTION.format(text=meme["text"]),
-            "assistant": YES if meme["label"] else NO,
+def cauldron_records(row: dict) -> list[dict]:
+    """A record for every question of a row, with its texts as they are."""
+    if not row["images"]:
+        raise ValueError("images is empty; remove it")
+    for text in row["texts"] or []:
+        if text["assistant"].strip(" .\n").lower() not in (YES.lower(), NO.lower()):
+            raise ValueError(f"an answer is {text['assistant']!r}, not {YES} or {NO}")
+    return [
+        {
+            "source": "hateful_memes",
+            "conversations": [
+                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+            ],
         }
-        record = {"id": str(meme["id"]), "source": "hateful_memes", "conversations": [turn]}
-        return check_record(record, where)
-
-    return Records(keep_good(keys, make, str(folder / name), skip_bad), make)
+        for text in row["texts"] or []
+    ]
 
 
-def metrics(results: list[Result]) -> dict[str, float]:
-    hateful = [result.answers[0] == normalise(YES) for result in results]
+def challenge_record(meme: dict) -> dict:
+    """The challenge's json lines: id, img (a path in the folder), text, label (1 is hateful)."""
+    if meme["label"] not in (0, 1):
+        raise ValueError(f"label is {meme['label']}, not 0 or 1")
+    turn = {
+        "images": [meme["img"]],
+        "user": f'Is a meme with this image and the text "{meme["text"]}" hateful? '
+        "Answer yes or no.",
+        "assistant": YES if meme["label"] else NO,
+    }
+    return {"id": str(meme["id"]), "source": "hateful_memes", "conversations": [turn]}
+
+
+def metrics(results) -> dict[str, float]:
+    """
+    Of results with `text`, what was generated, `answers`, all lower-cased, and `probability`, that
+    of YES.
+    """
+    hateful = [result.answers[0] == YES.lower() for result in results]
     numbers = {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
     if len(set(hateful)) == 2:
         numbers["auroc"] = auroc([result.probability for result in results], hateful)
     return numbers
 
 
+def lora_config(args) -> LoraConfig:
+    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    if not args.freeze_vision_model:
+        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+        targets += ["img_projection.0", "img_projection.2"]
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank * args.lora_alpha_ratio,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
+
+
 def main():
     args = get_arguments()
-    training_args = make_training_arguments(args)
-
-    # Data before the model: a mistake in it should not cost the loading.
-    train_dataset, eval_dataset = load_datasets(args)
-    processor = load_processor(args)
-    train_dataset = check_images(train_dataset, "training data", processor, args)
-    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
-    train_dataset = fit_lengths(train_dataset, processor, args)
-    settings = run_settings(args, train_dataset)
-    checkpoint = find_checkpoint(args, settings)
-
-    model = load_model(args, training_args)
-    throughput = ThroughputCallback()
-    checkpoints = CheckpointCallback(args, processor, settings)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        data_collator=TrainingCollator(processor, with_ids=True),
-        train_dataset=train_dataset,
-        callbacks=[LossWatch(), throughput, checkpoints],
+    training_args = training_arguments(
+        args,  # its flags win: --optim adamw_bnb_8bit, --report_to wandb, ...
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        lr_scheduler_type="linear",
+        warmup_steps=50,
+        logging_steps=10,
     )
-    throughput.time_batches(trainer)
-    set_learning_rates(trainer, args)
-
-    def run_evaluation(file_name: str):
-        evaluate(trainer, processor, eval_dataset, metrics, file_name, args, (YES, NO))
-
-    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation, checkpoints))
-
+    processor = load_processor(args)
+    train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    trainer = Phi3VTrainer(
+        model=load_model(args, training_args, lora_config(args)),
+        args=training_args,
+        flags=args,
+        processing_class=processor,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_metrics=metrics,
+        choices=(YES, NO),
+    )
+    checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None:
-        run_evaluation("eval_before.json")
-    if args.eval_only:
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save_model(trainer, processor, args)
-    run_evaluation("eval_after.json")
-    finish_run(args)
+        trainer.evaluate(file_name="eval_before.json")
+    if not args.eval_only:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.evaluate(file_name="eval_after.json")
+        if args.merge_lora:
+            trainer.merge_adapter()
 
 
 if __name__ == "__main__":

@@ -20,45 +20,29 @@ generated text.
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Trainer
+from datasets import Image
+from peft import LoraConfig
 
-from phi3v.data.bad_samples import keep_good
-from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import check_record
-from phi3v.data.images import check_images
-from phi3v.data.packing import fit_lengths
-from phi3v.data.sources import (
-    CAULDRON,
-    CAULDRON_COLUMNS,
-    Records,
-    cauldron_records,
-    load_rows,
-    read_fields,
-    split_rows,
+from phi3v.data import Records, load_rows, prepare
+from phi3v.training import (
+    Phi3VTrainer,
+    RecipeParser,
+    load_model,
+    load_processor,
+    training_arguments,
 )
-from phi3v.errors import DataError
-from phi3v.training.arguments import make_parser, parse_arguments
-from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, Result, evaluate
-from phi3v.training.loading import load_model, load_processor
-from phi3v.training.loss_watch import LossWatch
 from phi3v.training.metrics import accuracy
-from phi3v.training.throughput import ThroughputCallback
-from phi3v.training.training import (
-    finish_run,
-    make_training_arguments,
-    save_model,
-    set_learning_rates,
-)
 
-# For the official files, which hold bare statements.
-QUESTION = "{sentence} Is this true or false?"
+CAULDRON = "HuggingFaceM4/the_cauldron"
+CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
+OFFICIAL_COLUMNS = {"sentence": str, "label": (str, bool), "identifier": str}
 
 
 def get_arguments():
-    parser = make_parser(__doc__)
+    parser = RecipeParser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset_name_or_path",
@@ -72,104 +56,119 @@ def get_arguments():
     group.add_argument(
         "--eval_file", default="dev.json", help="of the official files, to evaluate on"
     )
-    return parse_arguments(parser)
+    return parser.parse_args()
 
 
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
-    folder = Path(args.dataset_name_or_path)
-    if os.path.isfile(folder / "train.json"):
-        images = defaultdict(list)
-        for path in sorted(folder.rglob("*-img[01].png")):
-            images[path.name].append(str(path))
-        names = ("train.json", args.eval_file)
-        return tuple(official_records(folder / name, images, args) for name in names)
-    rows = load_rows(args.dataset_name_or_path, [CAULDRON_COLUMNS], "nlvr2")
-    train, evaluation = split_rows(rows, args.num_eval_rows)
-    return tuple(
-        cauldron_records(rows, "nlvr2", indices, args.skip_bad_samples, images=2)
-        for indices in (train, evaluation)
-    )
+    name, n = args.dataset_name_or_path, args.num_eval_rows
+    if os.path.isfile(f"{name}/train.json"):
+        train = load_rows(f"{name}/train.json", OFFICIAL_COLUMNS)
+        evaluation = load_rows(f"{name}/{args.eval_file}", OFFICIAL_COLUMNS)
+        to_record = official_record(Path(name))
+    else:
+        train = load_rows(name, CAULDRON_COLUMNS, config="nlvr2", split=f"train[{n}:]")
+        evaluation = load_rows(name, CAULDRON_COLUMNS, config="nlvr2", split=f"train[:{n}]")
+        to_record = cauldron_records
+    return Records(train, to_record), Records(evaluation, to_record)
 
 
-def official_records(path: Path, images: dict[str, list[str]], args) -> Records:
+def cauldron_records(row: dict) -> list[dict]:
+    """A record for every question of a row, with its texts as they are."""
+    if len(row["images"] or []) != 2:
+        raise ValueError(f"it has {len(row['images'] or [])} images, not 2; remove it")
+    return [
+        {
+            "source": "nlvr2",
+            "conversations": [
+                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+            ],
+        }
+        for text in row["texts"] or []
+    ]
+
+
+def official_record(folder: Path) -> Callable[[dict], dict]:
     """
-    The official json lines: sentence, label ("True" or "False"), identifier.
+    Turns a line of the official files into a record.
 
     An identifier is <split>-<set>-<pair>-<sentence>; its images are <split>-<set>-<pair>-img0.png
-    and -img1.png.
+    and -img1.png, in any folder below.
     """
-    fields = {"sentence": str, "label": (str, bool), "identifier": str}
-    keys = read_fields(path, fields, "identifier", args.skip_bad_samples)
+    paths = defaultdict(list)
+    for path in sorted(folder.rglob("*-img[01].png")):
+        paths[path.name].append(str(path))
 
-    def image_names(identifier: str) -> list[str]:
-        return [f"{identifier.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1)]
-
-    def make(key: tuple[str, dict]) -> dict:
-        where, row = key
-        names = image_names(row["identifier"])
-        for name in names:
-            if len(found := images.get(name, [])) != 1:
-                raise DataError(
-                    f"{where}: needs one image {name} below {path.parent}, and there is "
-                    f"{' and '.join(found) or 'none'}."
-                )
+    def to_record(row: dict) -> dict:
+        pair = row["identifier"].rsplit("-", 1)[0]
+        images = [paths[f"{pair}-img{side}.png"] for side in (0, 1)]
+        if any(len(found) != 1 for found in images):
+            raise ValueError(f"needs one {pair}-img0.png and -img1.png, and there is {images}")
         if str(row["label"]) not in ("True", "False"):
-            raise DataError(f"{where}: label must be True or False. Correct it.")
+            raise ValueError("label must be True or False")
         turn = {
-            "images": [images[name][0] for name in names],
-            "user": QUESTION.format(sentence=row["sentence"]),
+            "images": [path for [path] in images],
+            "user": f"{row['sentence']} Is this true or false?",
             "assistant": str(row["label"]),
         }
-        record = {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
-        return check_record(record, where)
+        return {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
 
-    return Records(keep_good(keys, make, str(path), args.skip_bad_samples), make)
+    return to_record
 
 
-def metrics(results: list[Result]) -> dict[str, float]:
+def metrics(results) -> dict[str, float]:
+    """Of results with `text`, what was generated, and `answers`, all lower-cased."""
     return {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
+
+
+def lora_config(args) -> LoraConfig:
+    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    if not args.freeze_vision_model:
+        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+        targets += ["img_projection.0", "img_projection.2"]
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank * args.lora_alpha_ratio,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
 
 
 def main():
     args = get_arguments()
-    training_args = make_training_arguments(args)
-
-    # Data before the model: a mistake in it should not cost the loading.
-    train_dataset, eval_dataset = load_datasets(args)
-    processor = load_processor(args)
-    train_dataset = check_images(train_dataset, "training data", processor, args)
-    eval_dataset = check_images(eval_dataset, "evaluation data", processor, args)
-    train_dataset = fit_lengths(train_dataset, processor, args)
-    settings = run_settings(args, train_dataset)
-    checkpoint = find_checkpoint(args, settings)
-
-    model = load_model(args, training_args)
-    throughput = ThroughputCallback()
-    checkpoints = CheckpointCallback(args, processor, settings)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        data_collator=TrainingCollator(processor, with_ids=True),
-        train_dataset=train_dataset,
-        callbacks=[LossWatch(), throughput, checkpoints],
+    training_args = training_arguments(
+        args,  # its flags win: --optim adamw_bnb_8bit, --report_to wandb, ...
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        lr_scheduler_type="linear",
+        warmup_steps=50,
+        logging_steps=10,
     )
-    throughput.time_batches(trainer)
-    set_learning_rates(trainer, args)
-
-    def run_evaluation(file_name: str):
-        evaluate(trainer, processor, eval_dataset, metrics, file_name, args)
-
-    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation, checkpoints))
-
+    processor = load_processor(args)
+    train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    trainer = Phi3VTrainer(
+        model=load_model(args, training_args, lora_config(args)),
+        args=training_args,
+        flags=args,
+        processing_class=processor,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_metrics=metrics,
+    )
+    checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None:
-        run_evaluation("eval_before.json")
-    if args.eval_only:
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save_model(trainer, processor, args)
-    run_evaluation("eval_after.json")
-    finish_run(args)
+        trainer.evaluate(file_name="eval_before.json")
+    if not args.eval_only:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.evaluate(file_name="eval_after.json")
+        if args.merge_lora:
+            trainer.merge_adapter()
 
 
 if __name__ == "__main__":

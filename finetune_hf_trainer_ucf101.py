@@ -31,11 +31,10 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from phi3v.data import load_records, prepare
+from phi3v.data import Records, load_records, prepare
 from phi3v.training import (
     Phi3VTrainer,
     RecipeParser,
-    Result,
     load_model,
     load_processor,
     training_arguments,
@@ -54,21 +53,23 @@ def get_arguments():
     return parser.parse_args()
 
 
-def load_datasets(args):
-    """Conversations of one turn, a video's frames and its class, for training and evaluation."""
+def load_datasets(args) -> tuple[Records, Records]:
+    """Records for training and for evaluation: a video's frames, a question, its class."""
     folder = Path(args.data_dir)
-    return tuple(
-        load_records(folder / f"ucf101_{split}.jsonl", folder / "images", args.skip_bad_samples)
+    train, evaluation = (
+        load_records(folder / f"ucf101_{split}.jsonl", folder / "images")
         for split in ("train", args.eval_split)
     )
+    return train, evaluation
 
 
-def metrics(results: list[Result]) -> dict[str, float]:
+def metrics(results) -> dict[str, float]:
+    """Of results with `text`, what was generated, and `answers`, all lower-cased."""
     return {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
 
 
 def lora_config(args) -> LoraConfig:
-    """Adapters on all linear layers: of the language model, and unless frozen, of all that sees."""
+    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
     if not args.freeze_vision_model:
         targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -85,20 +86,16 @@ def lora_config(args) -> LoraConfig:
 
 def main():
     args = get_arguments()
-    # A flag of the same name wins: --optim adamw_bnb_8bit, --report_to wandb, ...
     training_args = training_arguments(
-        args,
+        args,  # its flags win: --optim adamw_bnb_8bit, --report_to wandb, ...
         optim="adamw_torch_fused",
         adam_beta1=0.9,
         adam_beta2=0.95,
         adam_epsilon=1e-7,
-        max_grad_norm=1.0,
         lr_scheduler_type="linear",
         warmup_steps=50,
         logging_steps=10,
-        report_to="none",
     )
-    # Data before the model: a mistake in it should not cost the loading.
     processor = load_processor(args)
     train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
     trainer = Phi3VTrainer(
@@ -110,17 +107,15 @@ def main():
         eval_dataset=eval_dataset,
         compute_metrics=metrics,
     )
-
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None:
         trainer.evaluate(file_name="eval_before.json")
-    if args.eval_only:
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.evaluate(file_name="eval_after.json")
-    if args.merge_lora:
-        trainer.merge_adapter()
+    if not args.eval_only:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.evaluate(file_name="eval_after.json")
+        if args.merge_lora:
+            trainer.merge_adapter()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ cluster. `benchmarks/SCALING.md` reads the tables.
     python -m benchmarks.scaling --parts cluster    # the arithmetic alone, nothing is measured
 
 `samples`: a step (forward, backward, AdamW) of ours on the scaled-down model, and the collator's
-time for its batch. `rows`: `load_conversations` on a jsonl of eight images a row, in the first run
+time for its batch. `rows`: `load_records` on a jsonl of eight images a row, in the first run
 on the file and in the next one, each in a process of its own. `processes`: the same step under DDP,
 one sample and one thread a process.
 """
@@ -30,7 +30,7 @@ from benchmarks.side_by_side import make_parser, report, spread
 from benchmarks.training_step import make_batch, process_memory, run
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import load_conversations
+from phi3v.data.records import load_records
 from phi3v.training.flops import training_flops
 from phi3v.training.throughput import count_batch
 
@@ -114,7 +114,7 @@ def make_jsonl(folder: Path, count: int) -> None:
 def load_in_child(folder: Path) -> None:
     """Print seconds, and bytes above those of the libraries, as JSON."""
     libraries, start = process_memory("VmHWM"), time.perf_counter()
-    load_conversations(folder / "data.jsonl", folder / "images")
+    load_records(folder / "data.jsonl", folder / "images").check()
     print(json.dumps([time.perf_counter() - start, process_memory("VmHWM") - libraries]))
 
 

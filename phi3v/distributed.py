@@ -1,13 +1,13 @@
-"""Ranks: which one this is, what the first one says for all, what they have to agree on."""
+"""Ranks: which one this is, what the first one says for all, what they share and agree on."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .errors import RunError
+from .errors import DataError, RunError
 
 T = TypeVar("T")
 
@@ -25,6 +25,57 @@ def print_first(message: str) -> None:
     """Print on the first rank alone."""
     if rank() == 0:
         print(message, flush=True)
+
+
+def gather(mine: T) -> list[T]:
+    """What every rank holds, in the ranks' order, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return shares
+
+
+def share_out(
+    work: Callable[[int], T],
+    indices: Sequence[int],
+    each_machine: bool = True,
+    first_error: bool = False,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[int, T | DataError]:
+    """
+    `work(index)` for all indices, shared by the ranks.
+
+    Args:
+        each_machine: the ranks of a machine do all of it among themselves, because another machine
+            may have other files. Otherwise all ranks of the run share it.
+        first_error: a rank stops at its first error.
+        progress: shows how far this rank is, such as tqdm.
+
+    Returns:
+        Results by index, in order, the same on every rank. A DataError that was raised stands in
+        the place of the result.
+    """
+    shared = dist.is_available() and dist.is_initialized()
+    number, count = (rank(), world_size()) if shared else (0, 1)
+    if shared and each_machine:
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    done = {}
+    for index in progress(indices[number::count]):
+        try:
+            done[index] = work(index)
+        except DataError as error:
+            done[index] = error
+            if first_error:
+                break
+    found: dict[int, T | DataError] = {}
+    for share in gather(done):
+        for index, result in share.items():
+            # An image that one machine lacks is bad for all.
+            if not isinstance(found.get(index), DataError):
+                found[index] = result
+    return dict(sorted(found.items()))
 
 
 def on_first_rank(decide: Callable[[], T]) -> T:

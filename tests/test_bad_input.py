@@ -18,35 +18,20 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from phi3v import errors
+from finetune_hf_trainer_docvqa import CAULDRON_COLUMNS, cauldron_records
+from phi3v import distributed
 from phi3v.check import main as check
-from phi3v.data import images
+from phi3v.data import images, prepare
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import (
-    DataError,
-    ImageFolder,
-    LineChecker,
-    check_record,
-    image_sizes,
-    load_conversations,
-    load_images,
-)
-from phi3v.data.images import check_images
-from phi3v.data.sources import (
-    CAULDRON_COLUMNS,
-    Records,
-    cauldron_records,
-    load_rows,
-    read_fields,
-    split_rows,
-)
-from phi3v.errors import plain_message
+from phi3v.data.images import check_images, image_sizes, load_images
+from phi3v.data.prepare import check_all_images
+from phi3v.data.records import Records, check_record, load_records
+from phi3v.data.rows import ImageFolder
+from phi3v.data.sources import load_rows
+from phi3v.errors import DataError, plain_message
 from small_datasets import cauldron_row, write_parquet
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def noise(size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -93,123 +78,72 @@ def arguments(**changes) -> argparse.Namespace:
 
 
 GOOD_LINE = json.dumps(good("x"))
-TURNS = json.dumps(good("x")["conversations"])
+TURNS = good("x")["conversations"]
 
 # ---------------------------------------------------------------- lines of a jsonl
 
-# What line 2 holds, what the message says after "line 2", and how the way out begins.
+# What line 2 holds, and what the message says after "line 2".
 LINES = {
-    "bytes that are no text": (b'{"id": "\xff"}', "not UTF-8", "Save it as UTF-8"),
-    "cut character": ('{"id": "é'.encode()[:-1], "not UTF-8", "Save it as UTF-8"),
-    "encoded surrogate": (b'{"id": "\xed\xa0\x80"}', "not UTF-8", "Save it as UTF-8"),
-    "UTF-16": (GOOD_LINE.encode("utf-16"), "UTF-16", "Save it as UTF-8"),
-    "UTF-16 without a mark": (GOOD_LINE.encode("utf-16-be"), "UTF-16", "Save it as UTF-8"),
-    "byte order mark": (GOOD_LINE.encode("utf-8-sig"), "byte order mark", "without BOM"),
-    "half a line": (GOOD_LINE[:40], "not JSON", "one record a line"),
-    "two records": (GOOD_LINE + GOOD_LINE, "not JSON", "one record a line"),
-    "single quotes": (GOOD_LINE.replace('"', "'"), "not JSON", "one record a line"),
-    "trailing comma": (GOOD_LINE[:-1] + ",}", "not JSON", "one record a line"),
-    "comment": ("// " + GOOD_LINE, "not JSON", "one record a line"),
-    "raw control character": (GOOD_LINE.replace("What", "\x01"), "not JSON", "one record a line"),
-    "NaN": ('{"id": NaN, "conversations": []}', "NaN is no JSON", "one record a line"),
-    "Infinity": ('{"id": "a", "conversations": -Infinity}', "-Infinity is no", "one record"),
-    "a key twice": ('{"id": "a", "id": "b", "conversations": []}', "key 'id' twice", "one record"),
-    "a turn's key twice": (
-        '{"id": "a", "conversations": [{"user": "a", "user": "b", "assistant": "c"}]}',
-        "key 'user' twice",
-        "one record",
+    "bytes that are no text": (
+        b'{"id": "\xff"}',
+        "not JSON in UTF-8: 'utf-8' codec .* UTF-8 without",
     ),
-    "deep lists": ("[" * 100_000, "nested too deeply", "Remove"),
-    "deep objects": ('{"a":' * 100_000, "nested too deeply", "Remove"),
-    "huge number": (
-        '{"id": ' + "9" * 5000 + ', "conversations": []}',
-        "number has 5000 digits",
-        "one",
+    "UTF-16": (GOOD_LINE.encode("utf-16"), "not JSON in UTF-8.* without BOM"),
+    "UTF-16 without a mark": (GOOD_LINE.encode("utf-16-be"), "not JSON in UTF-8"),
+    "byte order mark": (GOOD_LINE.encode("utf-8-sig"), "not JSON in UTF-8: Unexpected UTF-8 BOM"),
+    "half a line": (GOOD_LINE[:40], "not JSON .* Write one record per line"),
+    "two records": (GOOD_LINE + GOOD_LINE, "not JSON in UTF-8: Extra data"),
+    "NaN": ('{"id": NaN, "conversations": []}', "NaN is no JSON value"),
+    "Infinity": ('{"id": "a", "conversations": -Infinity}', "-Infinity is no JSON value"),
+    "a key twice": ('{"id": "a", "id": "b", "conversations": []}', "an object has a key twice"),
+    "deep lists": ("[" * 100_000, "maximum recursion depth"),
+    "huge number": ('{"id": ' + "9" * 5000 + "}", "5000 digits"),
+    "half a surrogate pair": (good("x", user="a\ud800b"), "surrogates not allowed"),
+    "surrogate in an id": (good("\udc00"), "surrogates not allowed"),
+    "surrogate in a key": ({**good(), "\ud800": 1}, r"unknown: '\\ud800'"),
+    "a string": ('"x"', "the record must be an object, not a string"),
+    "a list of records": (f"[{GOOD_LINE}]", "the record must be an object, not a list"),
+    "no id": ({"conversations": TURNS}, "missing: 'id'.*Required: conversations, id; optional"),
+    "misspelt key": ({"id": "a", "conversation": TURNS}, "unknown: 'conversation'"),
+    "empty id": (good(""), "id is empty. Give"),
+    "null id": (good(None), "id must be a string, not null"),
+    "null source": ({**good(), "source": None}, "source must be a string, not null"),
+    "conversations null": ({**good(), "conversations": None}, "conversations must be a list"),
+    "no turns": ({**good(), "conversations": []}, "conversations is empty. Write at least one"),
+    "a turn that is null": (
+        {**good(), "conversations": [None]},
+        r"\[0\] must be an object, not null",
     ),
-    "float beyond floats": ('{"id": 1e999, "conversations": []}', ": id must be", "in quotes"),
-    "half a surrogate pair": (
-        json.dumps(good("x", user="a\ud800b")),
-        r"conversations\[0\].user has half a surrogate",
-        "whole pair",
-    ),
-    "surrogate in an id": (json.dumps(good("\udc00")), "id has half a surrogate", "whole pair"),
-    "surrogate in a key": (
-        '{"id": "a", "conversations": [], "\\ud800": 1}',
-        r"unknown: '\\ud800'",
-        "Required: conversations, id",
-    ),
-    "a string": ('"x"', "a record is an object, not a string", "Write"),
-    "null": ("null", "a record is an object, not null", "Write"),
-    "a list of records": (f"[{GOOD_LINE}]", "a record is an object, not a list", "Write"),
-    "no id": (f'{{"conversations": {TURNS}}}', "missing: id", "Required"),
-    "misspelt key": (
-        f'{{"id": "a", "conversation": {TURNS}}}',
-        "unknown: conversation",
-        "Required",
-    ),
-    "empty id": (good(""), "id is empty", "an id of its own"),
-    "null id": (good(None), "id must be a string, not null", "in quotes"),
-    "bool id": (good(True), "id must be a string, not a bool", "in quotes"),
-    "null source": ({**good(), "source": None}, "source must be a string", "in quotes"),
-    "conversations null": ({**good(), "conversations": None}, "at least one turn", "Write"),
-    "conversations an object": ({**good(), "conversations": {}}, "at least one turn", "Write"),
-    "no turns": ({**good(), "conversations": []}, "at least one turn", "Write"),
-    "a turn that is null": ({**good(), "conversations": [None]}, r"\[0\] must be an obj", "Write"),
-    "assistant missing": (
-        {**good(), "conversations": [{"user": "a"}]},
-        r"conversations\[0\] has the wrong fields \(missing: assistant\)",
-        "Required: assistant, user",
-    ),
-    "assistant null": (good(assistant=None), r"\[0\].assistant must be a string", "in quotes"),
-    "assistant a list": (good(assistant=["a"]), r"\[0\].assistant must be a string", "in quotes"),
-    "assistant empty": (good(assistant=""), r"\[0\].assistant is empty", "Write an answer"),
-    "assistant blank": (good(assistant="\n\t "), r"\[0\].assistant is empty", "Write an answer"),
-    "user a number": (good(user=3.5), r"\[0\].user must be a string, not a number", "in quotes"),
-    "id a number": (good(3), "id must be a string, not a whole number", "in quotes"),
     "a turn's key misspelt": (
-        {**good(), "conversations": [*good()["conversations"], {"user": "a", "assistent": "b"}]},
-        r"conversations\[1\] has the wrong fields \(missing: assistant; unknown: assistent\)",
-        "Required: assistant, user",
+        {**good(), "conversations": [*TURNS, {"user": "a", "assistent": "b"}]},
+        r"conversations\[1\] has the wrong fields \(missing: 'assistant'; unknown: 'assistent'\)",
     ),
-    "user null": (good(user=None), r"\[0\].user must be a string, not null", "in quotes"),
-    "an image that is a number": (good(images=[1]), r"must hold paths, not a whole number", ""),
-    "images a string": (good(images="a.jpg"), r"\[0\].images must be a list", "Write"),
-    "images an object": (good(images={}), r"\[0\].images must be a list", "Write"),
-    "an image that is null": (good(images=[None]), r"\[0\].images must hold paths, not null", ""),
-    "missing image": (good("x", "d.jpg"), r"\[0\].images: 'd.jpg' is not a file", "check both"),
-    "empty name": (good("x", ""), r"\[0\].images: '' is a folder", "path of an image"),
-    "a folder": (good("x", "sub"), r"\[0\].images: 'sub' is a folder", "path of an image"),
-    "a file as a folder": (good("x", "a.jpg/b.jpg"), "is not a file in", "check both"),
-    "a pipe": (good("x", "pipe"), "'pipe' is not a regular file", "path of an image"),
-    "zero bytes": (good("x", "empty.jpg"), r"\[0\].images: 'empty.jpg' is empty", "Replace"),
-    "parent folder": (good("x", "../secret.jpg"), "leaves the image folder", "Move"),
-    "parent of a sub-folder": (good("x", "sub/../../secret.jpg"), "leaves the image", "Move"),
-    "missing outside": (good("x", "../../none.jpg"), "leaves the image folder", "Move"),
-    "absolute": (good("x", "/etc/hostname"), "leaves the image folder", "Move"),
-    "link to outside": (good("x", "link.jpg"), "'link.jpg' leaves the image folder", "Move"),
-    "linked folder": (good("x", "linked/secret.jpg"), "leaves the image folder", "Move"),
-    "sibling with the same prefix": (good("x", "../images2/a.jpg"), "leaves the image", "Move"),
-    "dangling link": (good("x", "dangling.jpg"), "is not a file in", "check both"),
-    "link to itself": (good("x", "loop.jpg"), "cannot be read: Too many levels", "Check the path"),
-    "null byte": (good("x", "a\0.jpg"), "cannot be the name of a file", "Remove"),
-    "surrogate in a path": (good("x", "\udcff.jpg"), "cannot be the name of a file", "Remove"),
-    "long name": (good("x", "a" * 5000), "cannot be read: File name too long", "Check the path"),
-    "a URL": (good("x", "https://example.com/a.jpg"), "is not a file in", "check both"),
-    "id of line 1": (good("first"), "id 'first' is that of line 1 too", "Make ids unique"),
+    "assistant a list": (good(assistant=["a"]), r"\[0\].assistant must be a string, not a list"),
+    "assistant blank": (good(assistant="\n\t "), r"\[0\].assistant is empty. Write an answer"),
+    "user a number": (good(user=3.5), r"\[0\].user must be a string, not a number"),
+    "images a string": (good(images="a.jpg"), r"\[0\].images must be a list, not a string"),
+    "an image that is null": (
+        good(images=[None]),
+        r"\[0\].images: a path must be a string, not null",
+    ),
+    "missing image": (good("x", "d.jpg"), r"\[0\].images: 'd.jpg' cannot be read .No such file"),
+    "a folder": (good("x", "sub"), r"\[0\].images: 'sub' is not a file"),
+    "a file as a folder": (good("x", "a.jpg/b.jpg"), "cannot be read .Not a directory"),
+    "a pipe": (good("x", "pipe"), "'pipe' is not a file"),
+    "zero bytes": (good("x", "empty.jpg"), "'empty.jpg' is not a file, or an empty one"),
+    "parent of a sub-folder": (good("x", "sub/../../secret.jpg"), "leaves the image folder"),
+    "missing outside": (good("x", "../../none.jpg"), "leaves the image folder"),
+    "absolute": (good("x", "/etc/hostname"), "leaves the image folder"),
+    "link to outside": (good("x", "link.jpg"), "'link.jpg' leaves the image folder"),
+    "linked folder": (good("x", "linked/secret.jpg"), "leaves the image folder"),
+    "sibling with the same prefix": (good("x", "../images2/a.jpg"), "leaves the image folder"),
+    "dangling link": (good("x", "dangling.jpg"), "cannot be read .No such file"),
+    "link to itself": (good("x", "loop.jpg"), "cannot be read .Too many levels"),
+    "null byte": (good("x", "a\0.jpg"), "cannot be read .*null"),
+    "surrogate in a path": (good("x", "\udfff.jpg"), "cannot be read .*surrogates not allowed"),
+    "long name": (good("x", "a" * 5000), "cannot be read .File name too long"),
+    "id of line 1": (good("first"), "id 'first' is that of line 1 too. Make ids unique"),
 }
-
-CONTROL = [
-    *("<|image_7|>", "<|image_01|>", "<|image_٣|>", "<|image|>", "<|end|>", "<|endoftext|>"),
-    *("<|user|>", "<|assistant|>", "<|system|>", "<|placeholder1|>", "<|placeholder39|>"),
-    *("<s>", "</s>", "<unk>"),
-]
-for token in CONTROL:
-    for role in ("user", "assistant"):
-        LINES[f"{token} in {role}"] = (
-            good(**{role: f"a{token}b"}),
-            rf"conversations\[0\].{role} contains '{token}'".replace("|", r"\|"),
-            "Remove it",
-        )
 
 
 @pytest.fixture
@@ -231,27 +165,34 @@ def traps(tmp_path, image_dir):
 
 
 @pytest.mark.parametrize("kind", LINES)
-def test_lines(tmp_path, image_dir, traps, kind):
-    """File, line, field and way out are named, on one line; and good lines pass afterwards."""
-    line, message, remedy = LINES[kind]
-    checker = LineChecker(tmp_path / "data.jsonl", image_dir)
-    checker.check(1, as_bytes(good("first", "a.jpg")))
-    with pytest.raises(DataError, match=message) as caught:
-        checker.check(2, as_bytes(line))
-    text = str(caught.value)
-    assert text.startswith(f"{tmp_path / 'data.jsonl'}, line 2") and remedy in text
-    assert "\n" not in text and len(text) < 1000 and text.encode()
-    assert checker.check(3, as_bytes(good("last")))["id"] == "last"
-
-
-@pytest.mark.parametrize("kind", ["UTF-16", "half a line", "missing image", "id of line 1"])
-def test_lines_of_a_file(tmp_path, image_dir, traps, kind):
-    """The error tells the way to go on without bad lines, and that way leaves out no other line."""
-    line, message, _ = LINES[kind]
+def test_lines(tmp_path, image_dir, traps, kind, capsys):
+    """File, line, field and way out are named, on one line; and no other line is left out."""
+    line, message = LINES[kind]
     path = write(tmp_path, good("first", "a.jpg"), line, good("last"))
-    with pytest.raises(DataError, match=f"^{path}, line 2.*{message}.*--skip_bad_samples"):
-        load_conversations(path, image_dir)
-    assert load_conversations(path, image_dir, skip_bad=True)["id"] == ["first", "last"]
+    with pytest.raises(DataError, match=message) as caught:
+        load_records(path, image_dir).check()
+    text = str(caught.value)
+    assert text.startswith(f"{path}, line 2: ") and "--skip_bad_samples" in text
+    assert "\n" not in text and len(text) < 1000 and text.encode()
+    kept = load_records(path, image_dir).check(skip_bad=True)
+    assert [record["id"] for record in kept] == ["first", "last"]
+    assert "1 of 3 samples are bad" in capsys.readouterr().out
+
+
+CONTROL = [
+    *("<|image_7|>", "<|image_01|>", "<|image_٣|>", "<|image|>", "<|end|>", "<|endoftext|>"),
+    *("<|user|>", "<|assistant|>", "<|system|>", "<|placeholder1|>", "<|placeholder39|>"),
+    *("<s>", "</s>", "<unk>"),
+]
+
+
+def test_control_tokens():
+    """No text may hold what is read as the structure of the prompt."""
+    for token in CONTROL:
+        for role in ("user", "assistant"):
+            with pytest.raises(DataError) as caught:
+                check_record(good(**{role: f"a{token}b"}))
+            assert f"conversations[0].{role} contains {token!r}" in str(caught.value)
 
 
 def test_every_special_token_of_the_tokenizer_is_refused(tokenizer_folder):
@@ -260,7 +201,7 @@ def test_every_special_token_of_the_tokenizer_is_refused(tokenizer_folder):
     assert len(tokens) > 40
     for token in tokens:
         with pytest.raises(DataError, match="control token"):
-            check_record(good(user=f"x{token['content']}"), "here")
+            check_record(good(user=f"x{token['content']}"))
 
 
 def test_what_only_looks_like_a_control_token_is_text(demo_processor):
@@ -275,7 +216,7 @@ def test_what_only_looks_like_a_control_token_is_text(demo_processor):
         "<|image_x|>",
         "<0x0A>",
     ):
-        check_record(good(user=text, assistant=text), "here")
+        check_record(good(user=text, assistant=text))
         ids = demo_processor.tokenizer(text, add_special_tokens=False).input_ids
         assert not set(ids) & set(demo_processor.tokenizer.all_special_ids)
 
@@ -285,46 +226,33 @@ def test_what_only_looks_like_a_control_token_is_text(demo_processor):
 
 def test_files(tmp_path, image_dir, monkeypatch):
     """A file that is not there, is none, is empty or may not be read."""
-    load = load_conversations
-    with pytest.raises(DataError, match="no such file, nor its folder .*no. Check"):
-        load(tmp_path / "no" / "data.jsonl", image_dir)
-    with pytest.raises(DataError, match="none.jsonl: there is no such file. Check"):
-        load(tmp_path / "none.jsonl", image_dir)
-    with pytest.raises(DataError, match="is a folder. Give a file"):
-        load(image_dir, image_dir)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="is not a regular file. Give a file"):
-        load(tmp_path / "pipe", image_dir)
-    with pytest.raises(DataError, match="cannot be read: embedded null byte"):
-        load("a\0b", image_dir)
-    with pytest.raises(DataError, match="cannot be read: File name too long"):
-        load("a" * 5000, image_dir)
+    for path in (tmp_path / "none.jsonl", image_dir, tmp_path / "pipe", "a\0b", "a" * 5000):
+        with pytest.raises(DataError, match="there is no such file. Check"):
+            load_records(path, image_dir)
     for content in ("", "\n \n\t\n"):
         with pytest.raises(DataError, match="data.jsonl: the file has no records. Write"):
-            load(write(tmp_path, content), image_dir)
-    monkeypatch.setattr("phi3v.data.json_lines.MAX_LINE_BYTES", 100)
-    with pytest.raises(DataError, match="line 1 is longer than .* one record a line"):
-        load(write(tmp_path, good("x" * 200)), image_dir)
+            load_records(write(tmp_path, content), image_dir)
+    path = write(tmp_path, good("x" * 200))
+    with monkeypatch.context() as limited:
+        limited.setattr("phi3v.data.rows.MAX_LINE_BYTES", 100)
+        with pytest.raises(DataError, match="line 1 is longer than .* one record per line"):
+            load_records(path, image_dir)
 
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match="permission denied. Change its permissions"):
-        load(write_bytes(tmp_path), image_dir)
-
-
-def write_bytes(tmp_path: Path) -> Path:
-    os.close(os.open(tmp_path / "closed.jsonl", os.O_CREAT))
-    return tmp_path / "closed.jsonl"
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match="data.jsonl cannot be read: Permission denied"):
+        load_records(path, image_dir)
 
 
 def test_image_folder_that_is_not_there(tmp_path):
     """It is said where an image is asked for; texts alone need none."""
     path = write(tmp_path, good("a", "a.jpg"))
-    with pytest.raises(DataError, match="line 1: .*image folder .*no, which is no folder"):
-        load_conversations(path, tmp_path / "no")
-    assert len(load_conversations(write(tmp_path, good("a")), tmp_path / "no")) == 1
+    with pytest.raises(DataError, match="line 1: .*No such file.* relative to .*no"):
+        load_records(path, tmp_path / "no").check()
+    assert len(load_records(write(tmp_path, good("a")), tmp_path / "no")) == 1
 
 
 def test_paths_inside_stay_allowed(tmp_path, image_dir):
@@ -334,8 +262,8 @@ def test_paths_inside_stay_allowed(tmp_path, image_dir):
     for folder in (image_dir, tmp_path / "linked", f"{image_dir}/", image_dir / "." / ""):
         found = ImageFolder(folder)
         for name in ("a.jpg", str(image_dir / "a.jpg"), "./b.jpg", "../images/c.jpg", "same.jpg"):
-            assert Path(found.find(name, "here")).is_file()
-    assert ImageFolder("/").find(str(image_dir / "a.jpg"), "here") == str(image_dir / "a.jpg")
+            assert Path(found.find(name, "field")).is_file()
+    assert ImageFolder("/").find(str(image_dir / "a.jpg"), "field") == str(image_dir / "a.jpg")
 
 
 # ---------------------------------------------------------------- going on without bad samples
@@ -345,44 +273,48 @@ def test_going_on_without_bad_lines(tmp_path, image_dir, capsys):
     """All are counted and the first ten shown; order and origin of the rest are kept."""
     lines = [good(str(i), "a.jpg" if i % 2 else "no.jpg") for i in range(30)]
     path = write(tmp_path, *lines[:3], "", *lines[3:])
-    records = load_conversations(path, image_dir, skip_bad=True)
-    assert records["id"] == [str(i) for i in range(1, 30, 2)]
+    records = load_records(path, image_dir).check(skip_bad=True)
+    assert [record["id"] for record in records] == [str(i) for i in range(1, 30, 2)]
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == f"{path}: 15 of 30 samples are bad and left out:"
     assert len(printed) == 12 and printed[-1] == "  and 5 more"
     assert printed[1].startswith(f"  {path}, line 1: conversations[0].images: 'no.jpg'")
-    assert records.origin.where(0) == f"{path}, line 2"
-    assert records.origin.where(1) == f"{path}, line 5", "the blank line counts"
+    assert records.where(0) == f"{path}, line 2"
+    assert records.where(1) == f"{path}, line 5", "the blank line counts"
     (image_dir / "a.jpg").unlink()
     with pytest.raises(DataError, match="all of the 30 samples are bad. .*line 1: .*no.jpg"):
-        load_conversations(path, image_dir, skip_bad=True)
+        load_records(path, image_dir).check(skip_bad=True)
 
 
-def test_skipping_without_bad_samples_changes_nothing(tmp_path, image_dir, capsys):
-    path = write(tmp_path, good("a", "a.jpg"), good("b"))
-    records = load_conversations(path, image_dir, skip_bad=True)
-    assert records[:] == load_conversations(path, image_dir)[:]
-    assert "bad" not in capsys.readouterr().out
+@pytest.mark.parametrize("each_machine", [True, False])
+def test_ranks_share_the_work(monkeypatch, each_machine):
+    """
+    Two machines of two ranks. Every machine does all of what needs its files; what is bad on one is
+    bad on both, and every rank knows all, in order.
+    """
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    shares = []
 
+    def work(index: int) -> int:
+        if index == 3 and os.environ["RANK"] in "01":  # on the first machine
+            raise DataError("bad")
+        return 10 * index
 
-def test_ranks_agree(monkeypatch):
-    """What one rank finds, all know; the first by number is the error."""
-    theirs = {1: "theirs", 7: "also theirs"}
+    def run(gather) -> dict:
+        monkeypatch.setattr(distributed, "gather", gather)
+        return distributed.share_out(work, range(8), each_machine)
 
-    def gather(shares, mine):
-        shares[:] = [mine, theirs]
-
-    monkeypatch.setattr(errors.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(errors.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(errors.dist, "all_gather_object", gather)
-
-    def refuse(sample):
-        raise DataError(f"mine {sample}")
-
-    bad = errors.find_bad([(3, "c")], refuse, True)
-    assert bad == {1: "theirs", 3: "mine c", 7: "also theirs"} and list(bad) == [1, 3, 7]
-    with pytest.raises(DataError, match="theirs .*--skip_bad_samples"):
-        errors.settle(bad, 10, "data", False)
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        run(lambda mine: shares.append(mine) or [mine])
+    done = [index for share in shares for index in share]
+    assert sorted(done) == sorted([*range(8)] * (2 if each_machine else 1))
+    found = run(lambda mine: shares)
+    assert list(found) == list(range(8)) and found[2] == 20
+    assert isinstance(found[3], DataError) if each_machine else found[3] == 30
 
 
 # ---------------------------------------------------------------- images
@@ -421,7 +353,7 @@ IMAGES = {
     "text": (b"this is no image", "it is no image of a known format .*JPEG, PNG"),
     "html": (b"<!DOCTYPE html><html>404</html>", "it is no image"),
     "zeros": (bytes(2000), "it is no image"),
-    "jpeg header alone": (encoded("JPEG")[:4], "its header is broken"),
+    "jpeg header alone": (encoded("JPEG")[:4], "it is no image of a known format"),
     "cut jpeg": (cut("JPEG"), "truncated"),
     "cut progressive jpeg": (cut("JPEG", progressive=True), "truncated"),
     "jpeg without its last byte": (encoded("JPEG")[:-30], "truncated"),
@@ -430,8 +362,11 @@ IMAGES = {
     "cut bmp": (cut("BMP"), "truncated"),
     "cut tiff": (cut("TIFF"), "truncated"),
     "cut webp": (cut("WEBP", lossless=True), "could not create decoder"),
-    "words in a ppm header": (b"P6\nabc def\n255\n", "its header is broken"),
-    "words in a plain ppm": (b"P3\n2 2\n255\nred green blue white", "it cannot be decoded"),
+    "words in a ppm header": (b"P6\nabc def\n255\n", "it is no image of a known format"),
+    "words in a plain ppm": (
+        b"P3\n2 2\n255\nred green blue white",
+        "it is no image of a known format",
+    ),
     "eps": (encoded("EPS"), "it is no image of a known format"),
     "pdf": (encoded("PDF"), "it is no image of a known format"),
     "wmf": (b"\xd7\xcd\xc6\x9a" + bytes(60), "it is no image of a known format"),
@@ -456,23 +391,23 @@ def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     File, line, sample, field, path, reason, way out; of few images, which are decoded, and of many.
     In training the same without the line.
     """
-    monkeypatch.setattr(images, "MAX_DECODED", 500 if few else 0)
+    monkeypatch.setattr(prepare, "MAX_DECODED", 500 if few else 0)
     content, reason = IMAGES[kind]
     (image_dir / "bad.jpg").write_bytes(content)
-    records = load_conversations(
+    records = load_records(
         write(tmp_path, good("fine", "a.jpg"), good("x-1", "b.jpg", "bad.jpg")), image_dir
     )
     monkeypatch.setattr(demo_processor.image_processor, "num_crops", 4)
     monkeypatch.setattr(demo_processor.image_processor, "crop_size", {"height": 336, "width": 336})
     with pytest.raises(DataError, match=reason) as caught:
-        check_images(records, "train", demo_processor, arguments())
+        check_all_images(records, demo_processor, arguments())
     where = f"{tmp_path / 'data.jsonl'}, line 2: sample 'x-1', conversations[0].images[1]: "
     text = str(caught.value)
     assert text.startswith(f"{where}cannot read {image_dir / 'bad.jpg'}: ")
     assert "Replace the image or remove the sample" in text and "\n" not in text
-    kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
+    kept = check_all_images(records, demo_processor, arguments(skip_bad_samples=True))
     assert [record["id"] for record in kept] == ["fine"]
-    message = f"sample 'x-1': cannot read {image_dir / 'bad.jpg'}: "
+    message = f"sample 'x-1', conversations[0].images[1]: cannot read {image_dir / 'bad.jpg'}: "
     with pytest.raises(DataError) as caught:
         load_images(records[1], demo_processor.image_processor)
     assert str(caught.value).startswith(message)
@@ -509,11 +444,11 @@ GOOD_IMAGES = {
 @pytest.mark.parametrize("kind", GOOD_IMAGES)
 def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     """No check refuses what decodes; and the pixels are those of PIL."""
-    monkeypatch.setattr(images, "MAX_DECODED", 500 if few else 0)
+    monkeypatch.setattr(prepare, "MAX_DECODED", 500 if few else 0)
     path = image_dir / "good"
     path.write_bytes(GOOD_IMAGES[kind])
-    records = load_conversations(write(tmp_path, good("x", "good")), image_dir)
-    assert check_images(records, "train", demo_processor, arguments()) is records
+    records = load_records(write(tmp_path, good("x", "good")), image_dir)
+    assert check_all_images(records, demo_processor, arguments()) is records
     [image] = load_images(records[0])
     with Image.open(path) as plain:
         assert image.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
@@ -522,12 +457,12 @@ def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monke
 
 def test_damage_inside_of_few_images(demo_processor):
     """Is found before the start, since they are decoded. None at all are an error too."""
-    with pytest.raises(DataError, match="eval: there are no samples"):
-        check_images([], "eval", demo_processor, arguments())
-    record = check_record(good("x"), "here")
+    with pytest.raises(DataError, match="mine: there are no samples"):
+        Records([], origin="mine").check()
+    record = check_record(good("x"))
     record["conversations"][0]["images"] = [damaged_png()]
     with pytest.raises(DataError, match="sample 'x'.*broken data stream"):
-        check_images([record], "train", demo_processor, arguments())
+        check_all_images(Records([record]), demo_processor, arguments())
 
 
 def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
@@ -535,7 +470,8 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
     for kind in ("jpeg", "progressive", "png", "webp", "lossless webp"):
-        images.check_image(GOOD_IMAGES[kind], "here", demo_processor.image_processor)
+        record = good("x", images=[GOOD_IMAGES[kind]])
+        check_images(record, demo_processor.image_processor)
 
 
 @pytest.mark.parametrize(
@@ -543,12 +479,11 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
     [
         (None, "it is None, and neither a path nor"),
         ({"bytes": None, "path": None}, "it is None, and neither a path nor"),
-        ({"bytes": b"", "path": "a.jpg"}, r"it is empty \(0 bytes\)"),
+        ({"bytes": b"", "path": "a.jpg"}, "it is no image"),
         (3, "it is 3, and neither"),
-        (b"", r"it is empty \(0 bytes\)"),
-        ("/no/such.jpg", "/no/such.jpg: there is no such file"),
-        ("/tmp", "/tmp: it is a folder"),
-        ("a\0b", "embedded null byte"),
+        ("/no/such.jpg", "/no/such.jpg: No such file"),
+        ("/tmp", "/tmp: it is not a file"),
+        ("a\0b", "it is no image"),
         ("a" * 5000, "File name too long"),
         (Image.new("La", (2, 2)), r"8 bits per channel \(Pillow's mode La\)"),
         (Image.new("I;16B", (2, 2)), r"8 bits per channel \(Pillow's mode I;16B\)"),
@@ -558,11 +493,11 @@ def test_whole_images_are_not_decoded(demo_processor, monkeypatch):
 )
 def test_images_of_rows(demo_processor, image, reason):
     """Whatever stands in the place of an image is answered, also where no check came before."""
-    record = check_record(good("x"), "here")
+    record = check_record(good("x"))
     record["conversations"][0]["images"] = [image]
     for read in (
         lambda: load_images(record, demo_processor.image_processor),
-        lambda: check_images([record], "train", demo_processor, arguments()),
+        lambda: check_all_images(Records([record]), demo_processor, arguments()),
     ):
         with pytest.raises(DataError, match=f"sample 'x'.*{reason}"):
             read()
@@ -581,13 +516,11 @@ def test_no_program_is_started_for_an_image(
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # not looked for yet
     path = image_dir / "bad.jpg"
     path.write_bytes(encoded("EPS"))
-    record = check_record(good("x"), "here")
+    record = check_record(good("x"))
     record["conversations"][0]["images"] = [Image.open(path) if opened else str(path)]
     for read in (
-        lambda: check_images([record], "train", demo_processor, arguments()),
-        lambda: images.check_image(
-            record["conversations"][0]["images"][0], "here", demo_processor.image_processor
-        ),
+        lambda: check_all_images(Records([record]), demo_processor, arguments()),
+        lambda: check_images(record, demo_processor.image_processor),
         lambda: load_images(record),
         lambda: image_sizes(record),
     ):
@@ -598,49 +531,31 @@ def test_no_program_is_started_for_an_image(
 
 def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, monkeypatch):
     """Above the limit, an even sample is looked at, and the command for all is told."""
-    monkeypatch.setattr(images, "MAX_CHECKED", 20)
+    monkeypatch.setattr(prepare, "MAX_CHECKED", 20)
     lines = [good(str(i), "a.jpg", "b.jpg") for i in range(40)]
     (image_dir / "bad.jpg").write_bytes(b"no")
     lines[1] = good("1", "a.jpg", "bad.jpg")
-    records = load_conversations(write(tmp_path, *lines), image_dir)
-    assert check_images(records, "train", demo_processor, arguments()) is records
+    records = load_records(write(tmp_path, *lines), image_dir)
+    assert check_all_images(records, demo_processor, arguments()) is records
     said = capsys.readouterr().out
-    assert "train: looked at the images of 10 of 40 samples, evenly spaced. All of them: " in said
-    command = f"data.jsonl --image_dir {image_dir} --num_crops 4"
-    assert "python -m phi3v.check /" in said and command in said
+    assert "data.jsonl: looked at the images of 10 of 40 samples, evenly spaced. All of" in said
+    assert "python -m phi3v.check" in said
     for flags in ({"max_length": 10}, {"pack_length": 10}, {"skip_bad_samples": True}):
         if "skip_bad_samples" in flags:
-            assert len(check_images(records, "train", demo_processor, arguments(**flags))) == 39
+            assert len(check_all_images(records, demo_processor, arguments(**flags))) == 39
         else:
             with pytest.raises(DataError, match="line 2: sample '1'"):
-                check_images(records, "train", demo_processor, arguments(**flags))
+                check_all_images(records, demo_processor, arguments(**flags))
         assert "evenly" not in capsys.readouterr().out
-
-
-def test_ranks_share_the_work(demo_processor, monkeypatch):
-    """Each looks at a part; every machine looks at all."""
-    monkeypatch.setattr(images.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(images.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(
-        images.dist, "all_gather_object", lambda shares, mine: shares.__setitem__(0, mine)
-    )
-    looked = []
-    monkeypatch.setattr(images, "read_image", lambda image, *rest: looked.append(image))
-    records = [check_record(good(str(i), str(i)), "") for i in range(7)]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    for rank in range(3):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        check_images(records, "train", demo_processor, arguments())
-    assert sorted(looked) == [str(i) for i in range(7)]
 
 
 def test_plain_message_of_a_worker(tmp_path, image_dir, demo_processor):
     """An image that breaks during training: one line with the sample and the path."""
-    records = load_conversations(write(tmp_path, good("x-3", "a.jpg")), image_dir)
+    records = load_records(write(tmp_path, good("x-3", "a.jpg")), image_dir)
     (image_dir / "a.jpg").write_bytes(b"overwritten")
     expected = (
-        f"sample 'x-3': cannot read {image_dir / 'a.jpg'}: {images.NO_IMAGE}. Replace the image "
-        "or remove the sample."
+        f"sample 'x-3', conversations[0].images[0]: cannot read {image_dir / 'a.jpg'}: "
+        f"{images.NO_IMAGE}. Replace the image or remove the sample."
     )
     for workers in (0, 1):
         loader = DataLoader(
@@ -659,7 +574,7 @@ def rows_of(tmp_path: Path, *rows: dict) -> Path:
 
 
 def load(path: Path, **options) -> datasets.Dataset:
-    return load_rows(str(path), [CAULDRON_COLUMNS], **options)
+    return load_rows(path, CAULDRON_COLUMNS, **options)
 
 
 def row(index: int = 0) -> dict:
@@ -709,20 +624,24 @@ TEXTS = [[{"user": "a", "assistant": "b"}]]
 PICTURE = {"bytes": encoded("PNG"), "path": None}
 
 SOURCES = {
-    "no folder": (lambda p: p / "no", "there is no such folder. Give a hub id"),
-    "empty folder": (lambda p: (p / "void").mkdir() or p / "void", "doesn't contain any data"),
-    "a file": (lambda p: write(p, "x"), "there is no such folder. Give a hub id"),
-    "a long name": (lambda p: p / ("a" * 5000), "there is no such folder. Give a hub id"),
+    "no folder": (
+        lambda p: p / "no",
+        "there is no such folder. Give --dataset_name_or_path a hub id",
+    ),
+    "empty folder": (
+        lambda p: (p / "void").mkdir() or p / "void",
+        "of the 0 parquet files below it, none is of this split",
+    ),
+    "a long name": (
+        lambda p: p / ("a" * 5000),
+        "there is no such folder. Give --dataset_name_or_path a hub id",
+    ),
     "cut parquet": (
         lambda p: broken_parquet(p, lambda content: content[:-20]),
         r"train-00000-of-00001.parquet is broken .*replace the file",
     ),
     "empty parquet file": (
         lambda p: broken_parquet(p, lambda content: b""),
-        r"train-00000-of-00001.parquet is broken .*replace the file",
-    ),
-    "text as parquet": (
-        lambda p: broken_parquet(p, lambda content: b"id,images\n" * 100),
         r"train-00000-of-00001.parquet is broken .*replace the file",
     ),
     "zeros in a parquet file": (
@@ -741,33 +660,21 @@ SOURCES = {
         lambda p: saved(p, lambda f: (f / "state.json").write_text("{")),
         "its files are not those that save_to_disk wrote",
     ),
-    "saved with a list as state": (
-        lambda p: saved(p, lambda f: (f / "state.json").write_text("[]")),
-        "its files are not those that save_to_disk wrote",
-    ),
     "saved with a state of null": (
         lambda p: saved(p, lambda f: (f / "state.json").write_text("null")),
         "its files are not those that save_to_disk wrote",
     ),
-    "saved with a broken info": (
-        lambda p: saved(p, lambda f: (f / "dataset_info.json").write_text("[]")),
-        "its files are not those that save_to_disk wrote",
-    ),
     "files of other columns": (
-        lambda p: shards(p, "train.parquet", "validation.parquet", other=["images", "text"]),
-        "validation.parquet and .*train.parquet differ in the columns text, texts; convert one",
+        lambda p: shards(p, "train.parquet", "train2.parquet", other=["images", "text"]),
+        "train2.parquet and .*train.parquet differ in the columns text, texts; convert one",
     ),
-    "files that hold no rows": (
-        lambda p: texts_in(p, **{"a.json": '{"a": 1}', "b.json": '{"b": [1]}'}),
-        "its files do not all hold rows of the same columns.* Expected columns: images, texts",
-    ),
-    "an empty file": (
-        lambda p: texts_in(p, **{"a.json": ""}),
-        "its files do not all hold rows of the same columns",
+    "a json that crashes pyarrow": (
+        lambda p: texts_in(p, **{"a.json": "null"}),
+        "of the 0 parquet files .*Expected columns: {images, texts}",
     ),
     "a shard of three missing": (
         lambda p: shards(p, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet"),
-        r"/train-00001-of-00003 is missing \(1 in all\). Download",
+        r"/train-00001-of-00003 is missing \(1 in all\); download",
     ),
     "a shard missing in a sub-folder": (
         lambda p: shards(p, "data/train-00001-of-00002-0123456789abcdef.parquet"),
@@ -775,11 +682,7 @@ SOURCES = {
     ),
     "a shard of two downloads": (
         lambda p: shards(p, "train-00000-of-00001-ab.parquet", "train-00000-of-00001-cd.parquet"),
-        "/train-.: 2 files for 1 parts. Remove what is of another download",
-    ),
-    "a shard and its copy": (
-        lambda p: shards(p, *(f"train-00000-of-00001.parquet{end}" for end in ("", ".bak"))),
-        "/train-.: 2 files for 1 parts",
+        "/train-.: 2 files for 1 parts; remove what is of another download",
     ),
     "shards of two versions": (
         lambda p: shards(p, *(f"train-{i:05}-of-{n:05}.parquet" for n in (1, 2) for i in range(n))),
@@ -791,7 +694,7 @@ SOURCES = {
     ),
     "no rows": (
         lambda p: typed(p, images=[], texts=[]),
-        "cannot load split 'train' of .*corresponds to no data",
+        "cannot load split 'train' of ",
     ),
     "texts a string": (
         lambda p: typed(p, images=[[PICTURE]], texts=["a"]),
@@ -811,15 +714,15 @@ SOURCES = {
     ),
     "images a string": (
         lambda p: typed(p, images=["a.jpg"], texts=TEXTS),
-        "column images must hold a list of images",
+        "column images must hold a list of an image",
     ),
     "images paths": (
         lambda p: typed(p, images=[["a.jpg"]], texts=TEXTS),
-        "column images must hold a list of images",
+        "column images must hold a list of an image",
     ),
     "all images null": (
         lambda p: typed(p, images=[None], texts=TEXTS),
-        "column images must hold a list of images",
+        "column images must hold a list of an image",
     ),
 }
 
@@ -830,7 +733,7 @@ def test_sources_of_rows(tmp_path, kind):
     make, message = SOURCES[kind]
     path = make(tmp_path)
     with pytest.raises(DataError, match=message) as caught:
-        cauldron_records(load(path), "task")[0]
+        load(path)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text
 
@@ -844,33 +747,42 @@ def test_all_shards_are_there(tmp_path, monkeypatch):
 
 
 def test_splits_of_rows(tmp_path):
-    """A split that is not there, in either kind of folder; and none left to evaluate on."""
-    folder = rows_of(tmp_path, row(), row(1))
-    with pytest.raises(DataError, match="split 'test' of .*test"):
+    """A split that is not there, in either kind of folder; and a part of one that has no rows."""
+    folder = rows_of(tmp_path, row(), row(1), row(2))
+    with pytest.raises(DataError, match="split 'test' of .*of the 1 parquet files below it, none"):
         load(folder, split="test")
     datasets.DatasetDict({"train": load(folder)}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(DataError, match="no split 'test', only train"):
+    assert len(load(tmp_path / "dict")) == 3
+    with pytest.raises(DataError, match="it has only the splits train"):
         load(tmp_path / "dict", split="test")
-    for count in (0, -1):
-        with pytest.raises(DataError, match=f"--num_eval_rows is {count}.*Raise it"):
-            split_rows(load(folder), count)
+    part = Records(load(folder, split="train[2:]"), cauldron_records)
+    assert [record["id"] for record in part] == ["docvqa-2-0", "docvqa-2-1"]
+    with pytest.raises(DataError, match=r"has 3 rows, none of them in train\[500:\]"):
+        load(folder, split="train[500:]")
+
+
+def test_which_files_are_of_a_split(tmp_path):
+    """By the words in their paths; of a folder with a config's name, that folder alone."""
+    shards(tmp_path, "task/train-0.parquet", "task/test/0.parquet", "task/dev.parquet", "x.parquet")
+    folder = tmp_path / "shards"
+    assert len(load(folder, config="task")) == 1 and len(load(folder)) == 1
+    with pytest.raises(DataError, match="1 parquet files below it, none is of this split"):
+        load(shards(tmp_path, "other/train-1.parquet") / "other", split="dev")
+    assert len(load(shards(tmp_path, "plain/one.parquet", "plain/b/two.parquet") / "plain")) == 2
 
 
 BAD_ROWS = {
-    "no images": ({**row(), "images": []}, "row 1: images is empty"),
-    "images null": ({**row(), "images": None}, "row 1: images is empty"),
-    "no texts": ({**row(), "texts": []}, "row 1: texts is empty"),
-    "texts null": ({**row(), "texts": None}, "row 1: texts is empty"),
-    "a text that is null": (
-        {**row(), "texts": [None]},
-        r"row 1, texts\[0\] is null. Remove it",
-    ),
+    "no images": ({**row(), "images": []}, "images is empty"),
+    "images null": ({**row(), "images": None}, "images is empty"),
+    "no texts": ({**row(), "texts": []}, "no record comes of it. Remove it"),
+    "texts null": ({**row(), "texts": None}, "no record comes of it. Remove it"),
+    "a text that is null": ({**row(), "texts": [None]}, "TypeError.* it is {.*None"),
     "user null": (
         cauldron_row(1, 1, (None, "1")),
-        r"row 1, texts\[0\]: conversations\[0\].user must be a string, not null",
+        r"conversations\[0\].user must be a string, not null",
     ),
-    "empty answer": (cauldron_row(1, 1, ("a?", "1"), ("b?", "")), r"row 1, texts\[1\].*is empty"),
-    "control token": (cauldron_row(1, 1, ("a<|user|>", "1")), r"row 1, texts\[0\].*'<\|user\|>'"),
+    "empty answer": (cauldron_row(1, 1, ("a?", "1"), ("b?", "")), "assistant is empty"),
+    "control token": (cauldron_row(1, 1, ("a<|user|>", "1")), r"'<\|user\|>'"),
 }
 
 
@@ -878,64 +790,43 @@ BAD_ROWS = {
 def test_rows(tmp_path, kind, capsys):
     """A bad row is named before the start, and only what is bad of it is left out."""
     bad, message = BAD_ROWS[kind]
-    rows = load(rows_of(tmp_path, row(0), bad, row(2)))
-    with pytest.raises(DataError, match=message) as caught:
-        cauldron_records(rows, "task")
-    assert str(caught.value).startswith(f"{tmp_path / 'rows'}: task, row 1")
-    records = cauldron_records(rows, "task", skip_bad=True)
-    ids = [record["id"] for record in records if not record["id"].startswith("task-1-")]
-    assert ids == ["task-0-0", "task-0-1", "task-2-0", "task-2-1"]
+    records = Records(load(rows_of(tmp_path, row(0), bad, row(2))), cauldron_records)
+    with pytest.raises(DataError, match=f"^{tmp_path / 'rows'}, row 1: .*{message}"):
+        records.check()
+    records.check(skip_bad=True)
+    ids = [record["id"] for record in records if not record["id"].startswith("docvqa-1-")]
+    assert ids == ["docvqa-0-0", "docvqa-0-1", "docvqa-2-0", "docvqa-2-1"]
     assert len(records) == 4 + (kind == "empty answer")
     assert "samples are bad and left out" in capsys.readouterr().out
 
 
 def test_broken_image_bytes_of_rows(tmp_path, demo_processor):
     """The rows that can be read are kept."""
-    rows = [row(0), row(1), row(2)]
     contents = [PICTURE, {"bytes": cut("PNG"), "path": None}, {"bytes": None, "path": None}]
-    path = typed(tmp_path, images=[[c] for c in contents], texts=[r["texts"] for r in rows])
-    records = cauldron_records(load(path), "task")
-    assert isinstance(records, Records) and len(records) == 6
-    with pytest.raises(DataError, match=r"sample 'task-1-0', conversations\[0\].images\[0"):
-        check_images(records, "train", demo_processor, arguments())
-    kept = check_images(records, "train", demo_processor, arguments(skip_bad_samples=True))
-    assert [record["id"] for record in kept] == ["task-0-0", "task-0-1"]
+    path = typed(tmp_path, images=[[c] for c in contents], texts=TEXTS * 3)
+    records = Records(load(path), cauldron_records)
+    assert len(records) == 3
+    with pytest.raises(
+        DataError, match=r"row 1: sample 'docvqa-1-0', conversations\[0\].images\[0"
+    ):
+        check_all_images(records, demo_processor, arguments())
+    kept = check_all_images(records, demo_processor, arguments(skip_bad_samples=True))
+    assert [record["id"] for record in kept] == ["docvqa-0-0"]
 
 
-def test_rows_that_were_selected_before_they_were_saved(tmp_path):
-    """Rows are counted in their own order, not in that of the files."""
-    rows = load(rows_of(tmp_path, row(0), {**row(1), "images": []}, row(2)))
-    rows.select([2, 0]).save_to_disk(tmp_path / "selected")
-    assert len(cauldron_records(load(tmp_path / "selected"), "task")) == 4
-
-
-FIELDS = {"id": (str, int), "img": str, "label": int}
-BAD_FIELDS = {
-    "misspelt": ({"id": 2, "image": "a", "label": 1}, "line 2 does not have the fields img"),
-    "null": ({"id": 2, "img": None, "label": 1}, "line 2: img must be a string, not null"),
-    "a list": (
-        {"id": [2], "img": "a", "label": 1},
-        "line 2: id must be a string or a whole number, not a list",
-    ),
-    "a fraction": ({"id": 1.5, "img": "a", "label": 1}, "line 2: id must be .*, not a number"),
-    "id of line 1": ({"id": 1, "img": "a", "label": 1}, "line 2: id '1' is that of line 1 too"),
-    "id of line 1 as a string": ({"id": "1", "img": "a", "label": 1}, "line 2: id '1' is that of"),
-    "a list for an object": ("[1]", "line 2 does not have the fields id, img, label"),
-    "not JSON": ("{", "line 2: not JSON"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FIELDS)
-def test_fields_of_json_lines(tmp_path, kind):
-    """The challenge's own files: fields, types and ids."""
-    line, message = BAD_FIELDS[kind]
-    first, last = ({"id": i, "img": "a", "label": 0} for i in (1, 3))
-    path = write(tmp_path, first, line, last)
-    with pytest.raises(DataError, match=f"data.jsonl, {message}"):
-        read_fields(path, FIELDS, unique="id")
-    kept = read_fields(path, FIELDS, unique="id", skip_bad=True)
-    assert [row["id"] for _, row in kept] == [1, 3] and kept[1][0].endswith("line 3")
-    assert len(read_fields(write(tmp_path, first, last), {"id": int, "img": str})) == 2
+def test_prepare(demo_processor, capsys):
+    """All checks by one call, of any sequence of records; texts of both sets come before images."""
+    fine = good("a", images=[noise()])
+    bad = good("b", images=[b"broken"])
+    with pytest.raises(DataError, match="evaluation data, row 1: id 'a' is that of row 0 too"):
+        prepare.prepare([bad], [fine, fine], demo_processor, arguments())
+    with pytest.raises(DataError, match="training data, row 0: sample 'b'.*cannot read the image"):
+        prepare.prepare([bad], [fine], demo_processor, arguments())
+    flags = arguments(skip_bad_samples=True, pack_length=10_000)
+    train, evaluation = prepare.prepare([fine, bad, good("c")], [fine], demo_processor, flags)
+    assert [[record["id"] for record in members] for members in train] == [["a", "c"]]
+    assert [record["id"] for record in evaluation] == ["a"]
+    assert "training data: 1 of 3 samples are bad" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the command
@@ -948,9 +839,8 @@ def test_checking_a_good_file(tmp_path, image_dir, demo_checkpoint, capsys):
     flags = ["--image_dir", str(image_dir), "--num_crops", "2"]
     assert check([str(path), *flags, "--model_name_or_path", str(demo_checkpoint)]) == 0
     printed = capsys.readouterr().out
-    assert "2 samples, 0 of them bad" in printed and "without an answer: 0" in printed
-    assert "3 turns, 2 images, 1 samples without an image" in printed
-    assert "\ntokens a sample: min " in printed and ", 99 % " in printed
+    assert "2 samples, 0 of them bad" in printed and "3 turns, 2 images" in printed
+    assert "\ntokens per sample: min " in printed and ", 99 % " in printed
 
 
 def test_checking_a_bad_file(tmp_path, image_dir, capsys):
@@ -962,8 +852,8 @@ def test_checking_a_bad_file(tmp_path, image_dir, capsys):
     assert "--model_name_or_path /no cannot be loaded, so only the tokens of images" in printed
     for line in (1, 3, 4):
         assert f"{path}, line {line}: " in printed
-    assert "4 samples, 3 of them bad" in printed and "without an answer: 1" in printed
-    assert "\nimage tokens a sample: min 1,921" in printed
+    assert "4 samples, 3 of them bad" in printed
+    assert "\nimage tokens per sample: min 1,921" in printed
     assert check([str(write(tmp_path, "")), "--image_dir", str(image_dir)]) == 1
     assert "the file has no records" in capsys.readouterr().out
 

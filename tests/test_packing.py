@@ -1,6 +1,7 @@
 """Lengths, samples that are too long, and samples that share a row."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ import plain_flash_attention
 from helpers.records import MORE
 from helpers.trainers import arguments, make_trainer
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import DataError
 from phi3v.data.packing import count_tokens, fit_lengths, pack
+from phi3v.data.records import Records
+from phi3v.errors import DataError
 from phi3v.training.loading import load_processor
 from phi3v.training.training import save_model
+
+# With ids of their own.
+NAMED = Records([{**record, "id": str(number)} for number, record in enumerate(MORE)])
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -33,8 +38,19 @@ def test_rows_hold_every_sample_once():
     rows = pack(lengths, 128)
     assert sorted(index for row in rows for index in row) == list(range(200))
     assert max(sum(lengths[i] for i in row) for row in rows) <= 128
-    assert len(rows) <= 1.1 * sum(lengths) / 128
+    assert len(rows) <= 1.02 * sum(lengths) / 128
+    assert pack(lengths, 128) == rows
     assert pack([300, 10], 128) == [[0], [1]], "a longer sample has a row of its own"
+
+
+def test_packing_is_fast():
+    """Hundreds of thousands of samples are packed in seconds, not in hours."""
+    rng = random.Random(0)
+    lengths = [rng.randint(50, 5000) for _ in range(100_000)]
+    start = time.process_time()
+    rows = pack(lengths, 8192)
+    assert time.process_time() - start < 10
+    assert len(rows) <= 1.01 * sum(lengths) / 8192
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
@@ -78,7 +94,7 @@ def test_training_on_packed_rows(demo_checkpoint, tmp_path, capsys):
     """The Trainer runs on packed rows, and the printed samples and tokens are the real ones."""
     args = arguments(demo_checkpoint, tmp_path, "--pack_length", "64")
     processor = load_processor(args)
-    rows = fit_lengths(MORE, processor, args)
+    rows = fit_lengths(NAMED, processor, args)
     assert 1 < len(rows) < len(MORE)
     trainer = make_trainer(args, rows)
     trainer.train()
@@ -93,14 +109,14 @@ def test_samples_that_are_too_long(demo_checkpoint, tmp_path, capsys):
     """They are left out and counted, never cut; nothing left is an error that says what to do."""
     args = arguments(demo_checkpoint, tmp_path)
     processor = load_processor(args)
-    assert fit_lengths(MORE, processor, args) is MORE
+    assert fit_lengths(NAMED, processor, args) is NAMED
     lengths = [count_tokens(processor, one) for one in MORE]
     args.max_length = sorted(lengths)[2]
-    kept = fit_lengths(MORE, processor, args)
+    kept = fit_lengths(NAMED, processor, args)
     assert len(kept) == 3 and "2 of 5 samples are longer" in capsys.readouterr().out
     collator = TrainingCollator(processor)
     for batch in DataLoader(kept, batch_size=1, collate_fn=collator):
         assert batch["input_ids"].shape[1] <= args.max_length
     args.max_length = min(lengths) - 1
     with pytest.raises(DataError, match=f"the shortest has {min(lengths)}. Raise it"):
-        fit_lengths(MORE, processor, args)
+        fit_lengths(NAMED, processor, args)

@@ -10,20 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from phi3v import Phi3VConfig, Phi3VImageProcessor
 from phi3v.data.collators import IGNORED, GenerationCollator, TrainingCollator
-from phi3v.data.conversations import (
-    CONTROL_TOKEN,
-    DataError,
-    LineChecker,
-    check_record,
-    image_sizes,
-)
-from phi3v.data.images import check_image, read_image
-from phi3v.data.json_lines import read_lines
+from phi3v.data.images import check_images, image_sizes, load_images
 from phi3v.data.packing import count_tokens
+from phi3v.data.records import CONTROL_TOKEN, check_record, load_records
+from phi3v.errors import DataError
 from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
 
 
@@ -55,7 +48,7 @@ almost_turns = st.fixed_dictionaries(
 )
 almost_records = st.fixed_dictionaries(
     {"id": maybe_texts, "conversations": st.lists(almost_turns | values, max_size=2) | values},
-    optional={"source": maybe_texts, "more": values},
+    optional={"source": maybe_texts, "answers": values, "more": values},
 )
 answers = plain_texts.filter(str.strip)
 records = st.fixed_dictionaries(
@@ -77,9 +70,8 @@ def read(folder: Path, content: bytes) -> list[dict]:
     """All records of a file of this content; an error has to name the file and a line of it."""
     path = folder / "data.jsonl"
     path.write_bytes(content)
-    checker = LineChecker(path, folder)
     try:
-        return [checker.check(number, line) for number, line in read_lines(path)]
+        return list(load_records(path, folder))
     except DataError as error:
         text = str(error)
         if "has no records" not in text:
@@ -106,7 +98,7 @@ def test_any_json_is_read_exactly_or_refused(tmp_path, value):
         [record] = read(tmp_path, json.dumps(value).encode())
     except DataError:
         return
-    assert record == check_record(value, "here")
+    assert record == check_record(value)
     for written, turn in zip(value["conversations"], record["conversations"], strict=True):
         assert turn["user"] == written["user"] and turn["assistant"].strip()
     assert record["id"] == value["id"] and record["source"] == value.get("source", "")
@@ -184,11 +176,11 @@ def test_any_image_becomes_crops_or_is_refused(embedding, mode, width, height, n
         with pytest.raises(ValueError, match="too long and thin"):
             processor(image)
         if in_a_file:
-            with pytest.raises(DataError, match="here: .*too long and thin"):
-                check_image(file.getvalue(), "here", processor)
+            with pytest.raises(DataError, match="sample 'x'.*too long and thin"):
+                check_images(holding(file.getvalue()), processor)
         return
     if in_a_file:
-        check_image(file.getvalue(), "here", processor)
+        check_images(holding(file.getvalue()), processor)
     encoded = processor(image, return_tensors="pt")
     assert encoded["pixel_values"].shape == (1, num_crops + 1, 3, 336, 336)
     assert encoded["pixel_values"].isfinite().all()
@@ -204,12 +196,19 @@ def test_any_image_becomes_crops_or_is_refused(embedding, mode, width, height, n
     assert known == (rows * columns + 1) * 144 + 1 + (rows + 1) * 12
 
 
-def pixels(content: bytes, look=read_image) -> bytes | None:
+def holding(image: object) -> dict:
+    """A record of one image."""
+    return {"id": "x", "conversations": [{"images": [image], "user": "a", "assistant": "b"}]}
+
+
+def pixels(content: bytes, look=load_images) -> bytes | None:
     """What is decoded of a file that `look` takes; None where it is refused in the right words."""
     try:
-        look(content, "here", Phi3VImageProcessor(num_crops=1))
+        look(holding(content), Phi3VImageProcessor(num_crops=1))
     except DataError as error:
-        assert str(error).startswith("here: cannot read the image: ")
+        assert str(error).startswith(
+            "sample 'x', conversations[0].images[0]: cannot read the image: "
+        )
         assert "\n" not in str(error)
         return None
     with Image.open(io.BytesIO(content)) as image:
@@ -232,14 +231,14 @@ def test_damaged_images_are_refused(junk, format, place):
     noise(20, 10).save(file, format)
     content = file.getvalue()
     whole = pixels(content)
-    assert whole is not None and pixels(content, check_image) == whole
-    assert pixels(junk) is None and pixels(junk, check_image) is None
+    assert whole is not None and pixels(content, check_images) == whole
+    assert pixels(junk) is None and pixels(junk, check_images) is None
     at = int(place * len(content))
-    for look in (read_image, check_image):
+    for look in (load_images, check_images):
         assert pixels(content[:at], look) in (None, whole)
     damaged = content[:at] + junk + content[at + len(junk) :]
     if pixels(damaged) is not None:
-        assert pixels(damaged, check_image) is not None
+        assert pixels(damaged, check_images) is not None
 
 
 def noise(width: int, height: int) -> Image.Image:

@@ -11,8 +11,8 @@ import pytest
 
 from helpers.recipes import recipe, run
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.conversations import DataError, load_images
-from phi3v.data.sources import Records
+from phi3v.data.images import load_images
+from phi3v.data.records import Records
 from phi3v.training.evaluation import Result
 from small_datasets import cauldron_row, examples_row, picture, write_parquet
 
@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def given(**values: object) -> SimpleNamespace:
     """Parsed arguments, as far as a function looks at them."""
-    return SimpleNamespace(skip_bad_samples=False, **values)
+    return SimpleNamespace(**values)
 
 
 # ---------------------------------------------------------------- DocVQA

@@ -1,5 +1,5 @@
 """
-Records (see `conversations.py`) to batches.
+Records (see `records.py`) to batches.
 
 Both collators tokenize the same prompt: the conversation up to its last question. Training appends
 the last answer.
@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..model.processing_phi3_v import Phi3VProcessor
-from .conversations import load_images, to_messages
+from .images import load_images
+from .records import to_messages
 
 IGNORED = -100
 

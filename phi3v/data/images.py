@@ -1,32 +1,20 @@
 """
-Images of records: opened, and checked before the start.
+Images of records: opened, and looked at before the start.
 
-The check of many is cheap. It looks at a file's size, header and last bytes, and decodes only what
-it is not sure of.
+The look is cheap. It takes a file's header and last bytes, and decodes only what it is not sure of.
 """
 
-import argparse
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Subset
-from tqdm import tqdm
 
 from ..errors import DataError, first_line, quoted
 from ..model.image_processing_phi3_v import Phi3VImageProcessor
-from ..model.processing_phi3_v import Phi3VProcessor
-from .bad_samples import find_bad, no_file, settle
 
-# More images are not all looked at before the start, which would grow with the dataset.
-MAX_CHECKED = 20_000
-# So few are decoded, all of them: that takes seconds, and finds what a header does not show.
-MAX_DECODED = 500
 TAIL_BYTES = 64
 
 # Pillow goes by a file's content alone, and knows formats that are programs: EPS for Ghostscript.
@@ -38,74 +26,32 @@ FORMATS = (
 MODES = {
     *("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"),
 }
-NO_IMAGE = f"it is no image of a known format ({', '.join(FORMATS)}), or its header is broken"
+NO_IMAGE = f"it is no image of a known format ({', '.join(FORMATS)}), or it is broken"
 
 
-def read_image(
-    image: object, where: str, image_processor: Phi3VImageProcessor | None = None
-) -> Image.Image:
+def load_images(
+    record: dict, image_processor: Phi3VImageProcessor | None = None
+) -> list[Image.Image]:
     """
-    Decode a path, the bytes of a file, a PIL image, or what `datasets` makes of one of them.
+    All images of a record, in order, decoded.
 
     Args:
-        where: begins the error; the record and the field.
-        image_processor: where it is given, the image has to fit its HD transform.
+        image_processor: where it is given, the images have to fit its HD transform.
 
     Raises:
-        DataError: the image cannot be read or used; the message names it.
+        DataError: an image cannot be read or used; with the sample's id, the field and the path.
     """
-    return _read(image, where, image_processor, lambda opened, file: opened.load())
+    return _read_all(record, image_processor, lambda image, file: image.load())
 
 
-def image_size(image: object, where: str) -> tuple[int, int]:
-    """(width, height) by an image's header. Arguments and errors as `read_image`."""
-    return _read(image, where, None, lambda opened, file: None).size
+def check_images(record: dict, image_processor: Phi3VImageProcessor) -> None:
+    """Look for what is wrong with a record's images, cheaply. Errors as `load_images`."""
+    _read_all(record, image_processor, _decode_if_suspicious)
 
 
-def check_image(image: object, where: str, image_processor: Phi3VImageProcessor) -> None:
-    """Look for what is wrong with an image, cheaply. Arguments and errors as `read_image`."""
-
-    def decode_if_suspicious(opened: Image.Image, file: BinaryIO | None) -> None:
-        if file is not None:
-            position = file.tell()
-            whole = _has_its_end(opened.format, file)
-            file.seek(position)
-            if whole:
-                return
-        opened.load()
-
-    _read(image, where, image_processor, decode_if_suspicious)
-
-
-def _read(
-    image: object,
-    where: str,
-    image_processor: Phi3VImageProcessor | None,
-    look: Callable[[Image.Image, BinaryIO | None], object],
-) -> Image.Image:
-    """Open an image, let `look` at it and its file, and say of any error whose it is."""
-    image = undecoded(image)
-    try:
-        with contextlib.nullcontext() if isinstance(image, Image.Image) else _open(image) as file:
-            opened = image if file is None else _identify(file)
-            # MPO is a JPEG of several pictures; an image that was made in memory has no format.
-            if opened.format not in (*FORMATS, "MPO", None):
-                raise ValueError(f"{opened.format} is none of {', '.join(FORMATS)}")
-            with _plain_errors("it cannot be decoded"):
-                look(opened, file)
-        if opened.mode not in MODES:
-            raise ValueError(
-                f"it is not of 8 bits per channel (Pillow's mode {opened.mode}), and as RGB most "
-                "of it would turn white or black. Convert it: magick IN -depth 8 OUT.png"
-            )
-        if image_processor is not None:
-            image_processor.calc_hd_size(*opened.size)
-    except Exception as error:  # decoders raise anything
-        raise DataError(
-            f"{where}: cannot read {_name(image)}: {_reason(error)}. Replace the image or remove "
-            "the sample."
-        ) from error
-    return opened
+def image_sizes(record: dict) -> list[tuple[int, int]]:
+    """(width, height) of a record's images, by their headers. Errors as `load_images`."""
+    return [image.size for image in _read_all(record, None, lambda image, file: None)]
 
 
 def undecoded(image: object) -> object:
@@ -116,54 +62,88 @@ def undecoded(image: object) -> object:
     return image.get("path") if content is None else content
 
 
-def _open(image: object) -> BinaryIO:
-    if isinstance(image, bytes):
-        size = len(image)
-    elif isinstance(image, str | os.PathLike):
-        info = os.stat(image)
-        if found := no_file(info.st_mode):
-            raise ValueError(f"it is {found}")
-        size = info.st_size
-    else:
-        raise ValueError(f"it is {quoted(image)}, and neither a path nor the bytes of a file")
-    if size == 0:
-        raise ValueError("it is empty (0 bytes)")
-    return io.BytesIO(image) if isinstance(image, bytes) else Path(image).open("rb")
+Look = Callable[[Image.Image, BinaryIO | None], object]
 
 
-def _identify(file: BinaryIO) -> Image.Image:
-    with _plain_errors(NO_IMAGE):
-        return Image.open(file, formats=FORMATS)
+def _read_all(
+    record: dict, image_processor: Phi3VImageProcessor | None, look: Look
+) -> list[Image.Image]:
+    images = []
+    for turn, content in enumerate(record["conversations"]):
+        for number, image in enumerate(content["images"]):
+            try:
+                images.append(_read(undecoded(image), image_processor, look))
+            except DataError as error:
+                raise DataError(
+                    f"sample {quoted(record['id'])}, conversations[{turn}].images[{number}]: "
+                    f"{error} Replace the image or remove the sample."
+                ) from None
+    return images
+
+
+def _read(image: object, image_processor: Phi3VImageProcessor | None, look: Look) -> Image.Image:
+    """Open an image and let `look` at it and at its file."""
+    name = str(image) if isinstance(image, str | os.PathLike) else "the image"
+    name = name if name.isprintable() and len(name) < 1000 else quoted(name)
+    try:
+        with _opened(image) as (opened, file):
+            # MPO is a JPEG of several pictures; an image that was made in memory has no format.
+            if opened.format not in (*FORMATS, "MPO", None):
+                raise DataError(NO_IMAGE)
+            look(opened, file)
+        if opened.mode not in MODES:
+            raise DataError(
+                f"it is not of 8 bits per channel (Pillow's mode {opened.mode}), and as RGB most "
+                "of it would turn white or black. Convert it: magick IN -depth 8 OUT.png"
+            )
+        if image_processor is not None:
+            try:
+                image_processor.calc_hd_size(*opened.size)
+            except ValueError as error:
+                raise DataError(first_line(error)) from error
+    except Exception as error:  # decoders raise anything
+        raise DataError(f"cannot read {name}: {_reason(error)}.") from error
+    return opened
 
 
 @contextlib.contextmanager
-def _plain_errors(otherwise: str) -> Iterator[None]:
-    """Decoders raise anything; what Pillow itself says of an image comes by these classes."""
-    try:
-        yield
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise
-    except Exception as error:
-        raise ValueError(otherwise) from error
-
-
-def _name(image: object) -> str:
-    if not isinstance(image, str | os.PathLike):
-        return "the image"
-    path = str(image)
-    return path if path.isprintable() and len(path) < 1000 else quoted(path)
+def _opened(image: object) -> Iterator[tuple[Image.Image, BinaryIO | None]]:
+    """An image, and the file that it is read from."""
+    if isinstance(image, Image.Image):
+        yield image, None
+        return
+    if isinstance(image, bytes):
+        file = io.BytesIO(image)
+    elif not isinstance(image, str | os.PathLike):
+        raise DataError(f"it is {quoted(image)}, and neither a path nor the bytes of a file")
+    elif os.path.exists(image) and not os.path.isfile(image):  # a pipe would be waited for
+        raise DataError("it is not a file")
+    else:
+        file = open(image, "rb")  # noqa: SIM115  closed below
+    with file:
+        yield Image.open(file, formats=FORMATS), file
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return NO_IMAGE
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
     if isinstance(error, Image.DecompressionBombError):
         return f"it is absurdly large ({str(error).partition(',')[0]})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    # What Pillow itself says of an image comes by these classes.
+    known = isinstance(error, DataError | OSError | SyntaxError)
+    if isinstance(error, UnidentifiedImageError) or not known:
+        return NO_IMAGE
     return first_line(error)
+
+
+def _decode_if_suspicious(image: Image.Image, file: BinaryIO | None) -> None:
+    if file is not None:
+        position = file.tell()
+        whole = _has_its_end(image.format, file)
+        file.seek(position)
+        if whole:
+            return
+    image.load()
 
 
 def _has_its_end(format: str | None, file: BinaryIO) -> bool:
@@ -177,72 +157,3 @@ def _has_its_end(format: str | None, file: BinaryIO) -> bool:
     if format in ("JPEG", "MPO"):
         return tail.endswith(b"\xff\xd9")
     return format == "PNG" and tail.endswith(b"IEND\xaeB`\x82")
-
-
-def check_images(
-    records: Sequence, what: str, processor: Phi3VProcessor, args: argparse.Namespace
-) -> Sequence:
-    """
-    The records whose images can be read and fit --num_crops.
-
-    Up to 500 images are decoded; of more than 20,000, an even sample is looked at, and that is
-    said. All are looked at where every one has to be good: to leave bad samples out, or to count
-    tokens.
-
-    Args:
-        what: the data's name in messages.
-
-    Raises:
-        DataError: of the first bad sample; with --skip_bad_samples, that none is left. Or
-            there are no samples.
-    """
-    if len(records) == 0:
-        raise DataError(f"{what}: there are no samples. Check where it comes from.")
-    origin = getattr(records, "origin", None)
-    images = _count_images(records)
-    check_one = read_image if images <= MAX_DECODED else check_image
-    indices = range(len(records))
-    if images > MAX_CHECKED and not (args.skip_bad_samples or args.max_length or args.pack_length):
-        count = max(1, int(len(records) * MAX_CHECKED / images))
-        indices = [len(records) * i // count for i in range(count)]
-    first = int(os.environ.get("RANK", 0)) == 0
-    if len(indices) < len(records) and first:
-        print(
-            f"{what}: looked at the images of {len(indices):,} of {len(records):,} samples, "
-            "evenly spaced. All of them: "
-            + (origin.command(args.num_crops) if origin else "--skip_bad_samples"),
-            flush=True,
-        )
-
-    def check(index: int) -> None:
-        record = records[index]
-        where = f"sample {quoted(record['id'])}"
-        where = f"{origin.where(index)}: {where}" if origin else where
-        for field, image in images_of(record):
-            check_one(image, f"{where}, {field}", processor.image_processor)
-
-    mine = indices
-    if dist.is_available() and dist.is_initialized():
-        # The ranks of a machine share its work; other machines may have other files.
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        mine = indices[local :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
-    hidden = not (args.tqdm and first)
-    bar = tqdm(mine, f"{what}: images", unit="sample", delay=3, disable=hidden)
-    bad = find_bad(((index, index) for index in bar), check, args.skip_bad_samples)
-    settle(bad, len(records), what, args.skip_bad_samples)
-    return Subset(records, [i for i in range(len(records)) if i not in bad]) if bad else records
-
-
-def _count_images(records: Sequence) -> float:
-    """About how many images all records have, by some fifty of them."""
-    some = range(0, len(records), max(1, len(records) // 50))
-    return sum(len(images_of(records[index])) for index in some) / len(some) * len(records)
-
-
-def images_of(record: dict) -> list[tuple[str, object]]:
-    """The images of a record, in order, each with the name of its field."""
-    return [
-        (f"conversations[{turn}].images[{number}]", image)
-        for turn, content in enumerate(record["conversations"])
-        for number, image in enumerate(content["images"])
-    ]

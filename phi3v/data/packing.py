@@ -5,25 +5,28 @@ Lengths are known without decoding an image: an image's tokens follow from its s
 """
 
 import argparse
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..distributed import print_first, rank
+from ..distributed import print_first, rank, share_out
+from ..errors import DataError
 from ..model.processing_phi3_v import Phi3VProcessor
-from .conversations import DataError, image_sizes, to_messages
+from .images import image_sizes
+from .records import Records, to_messages
 
 
 def fit_lengths(
-    records: Sequence[dict], processor: Phi3VProcessor, args: argparse.Namespace
-) -> Sequence:
+    records: Records, processor: Phi3VProcessor, args: argparse.Namespace
+) -> "Records | PackedRecords":
     """
     The training set under --max_length and --pack_length; as it is without them.
 
     Samples of more than `max_length` tokens are left out, and their number is printed; none is ever
     cut. With `pack_length`, samples share rows of at most so many tokens, and a longer one has a
-    row of its own.
+    row of its own. The ranks share the counting of tokens.
 
     Raises:
         DataError: no sample is left.
@@ -31,9 +34,18 @@ def fit_lengths(
     max_length, pack_length = args.max_length, args.pack_length
     if max_length is None and pack_length is None:
         return records
-    hidden = not args.tqdm or rank() != 0
-    bar = tqdm(records, desc="counting tokens", unit="sample", disable=hidden)
-    lengths = [count_tokens(processor, record) for record in bar]
+    counted = share_out(
+        lambda index: count_tokens(processor, records[index]),
+        range(len(records)),
+        each_machine=False,
+        progress=lambda indices: tqdm(
+            indices, "counting tokens", unit="sample", disable=not args.tqdm or rank() != 0
+        ),
+    )
+    lengths = list(counted.values())
+    for error in lengths:
+        if isinstance(error, DataError):
+            raise error
     kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
     if len(kept) < len(lengths):
         print_first(
@@ -46,7 +58,7 @@ def fit_lengths(
             f"{min(lengths)}. Raise it, or lower --num_crops."
         )
     if pack_length is None:
-        return Subset(records, kept)
+        return records.select(kept)
     rows = pack([lengths[i] for i in kept], pack_length)
     print_first(f"--pack_length {pack_length}: {len(kept)} samples in {len(rows)} rows")
     return PackedRecords(records, [[kept[i] for i in members] for members in rows])
@@ -69,19 +81,29 @@ def count_tokens(processor: Phi3VProcessor, record: dict) -> int:
 
 def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
     """
-    Sample numbers by row. First fit, the longest first: rows are full, and the same in every run.
+    Sample numbers by row. Best fit, the longest first: each goes where the least room is left over.
+    Rows are full, and the same in every run.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
+    open_rows: dict[int, list[int]] = {}  # by the room that they have
+    rooms: list[int] = []  # those that occur, sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
-        row = next((r for r, left in enumerate(room) if left >= length), None)
-        if row is None:
-            row = len(rows)
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[at]
+        else:
+            room, row = max(pack_length, length), len(rows)
             rows.append([])
-            room.append(max(pack_length, length))
         rows[row].append(index)
-        room[row] -= length
+        if left := room - length:
+            if left not in open_rows:
+                open_rows[left] = []
+                insort(rooms, left)
+            open_rows[left].append(row)
     return [sorted(members) for members in rows]
 
 

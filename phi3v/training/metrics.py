@@ -2,6 +2,8 @@
 
 import string
 
+from rapidfuzz.distance import Levenshtein
+
 
 def normalise(text: str) -> str:
     """Text as it is compared: without white space and full stops around it, in lower case."""
@@ -50,16 +52,4 @@ def _check_lengths(predictions: list, answers: list) -> None:
 def _similarity(first: str, second: str) -> float:
     """1 - edit distance / length of the longer text."""
     first, second = (" ".join(text.lower().split()) for text in (first, second))
-    longest = max(len(first), len(second))
-    return 1 - _edit_distance(first, second) / longest if longest else 1.0
-
-
-def _edit_distance(first: str, second: str) -> int:
-    """Insertions, deletions and substitutions from one text to the other (Levenshtein)."""
-    previous = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        row = [i]
-        for j, b in enumerate(second, start=1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (a != b)))
-        previous = row
-    return previous[-1]
+    return Levenshtein.normalized_similarity(first, second)

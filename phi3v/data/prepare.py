@@ -1,0 +1,110 @@
+"""All that is looked at in the data before a GPU is touched."""
+
+import argparse
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from ..distributed import print_first, rank, share_out
+from ..errors import DataError
+from ..model.processing_phi3_v import Phi3VProcessor
+from .images import check_images, load_images
+from .packing import PackedRecords, fit_lengths
+from .records import Records, report_bad
+
+# More images are not all looked at before the start, which would grow with the dataset.
+MAX_CHECKED = 20_000
+# So few are decoded, all of them: that takes seconds, and finds what a header does not show.
+MAX_DECODED = 500
+
+
+def prepare(
+    train_dataset: Sequence[dict],
+    eval_dataset: Sequence[dict],
+    processor: Phi3VProcessor,
+    args: argparse.Namespace,
+) -> tuple[Records | PackedRecords, Records]:
+    """
+    The two datasets as they will be used, checked: the form of records, their ids, and whether
+    images can be read and fit --num_crops; and with --max_length and --pack_length applied to
+    training. With --skip_bad_samples bad samples are left out, and printed.
+
+    Args:
+        train_dataset: [`Records`], or any sequence of records; so is `eval_dataset`.
+
+    Raises:
+        DataError: the first bad sample, or that no good one is left; the message says where it is,
+            what is wrong, and what to do.
+    """
+    train, evaluation = (
+        _named(records, name)
+        for records, name in ((train_dataset, "training data"), (eval_dataset, "evaluation data"))
+    )
+    for records in (train, evaluation):
+        records.check(args.skip_bad_samples)
+    train, evaluation = (
+        check_all_images(records, processor, args) for records in (train, evaluation)
+    )
+    return fit_lengths(train, processor, args), evaluation
+
+
+def _named(records: Sequence[dict], name: str) -> Records:
+    if not isinstance(records, Records):
+        records = Records(records)
+    records.origin = records.origin or name
+    return records
+
+
+def check_all_images(
+    records: Records, processor: Phi3VProcessor, args: argparse.Namespace
+) -> Records:
+    """
+    The records whose images can be read and fit --num_crops. The ranks share the work.
+
+    Up to 500 images are decoded; of more than 20,000, an even sample is looked at, and that is
+    said. All are looked at where every one has to be good: to leave bad samples out, or to count
+    tokens.
+
+    Raises:
+        DataError: of the first bad sample; with --skip_bad_samples, that none is left.
+    """
+    images = _count_images(records)
+    look = load_images if images <= MAX_DECODED else check_images
+    indices = range(len(records))
+    if images > MAX_CHECKED and not (args.skip_bad_samples or args.max_length or args.pack_length):
+        count = max(1, int(len(records) * MAX_CHECKED / images))
+        indices = [len(records) * i // count for i in range(count)]
+        print_first(
+            f"{records.origin}: looked at the images of {count:,} of {len(records):,} samples, "
+            "evenly spaced. All of them: --skip_bad_samples, or of a jsonl, python -m phi3v.check"
+        )
+
+    def check(index: int) -> None:
+        record = records[index]
+        try:
+            look(record, processor.image_processor)
+        except DataError as error:
+            raise DataError(f"{records.where(index)}: {error}") from None
+
+    checked = share_out(
+        check,
+        indices,
+        first_error=not args.skip_bad_samples,
+        progress=lambda indices: tqdm(
+            indices,
+            f"{records.origin}: images",
+            unit="sample",
+            delay=3,
+            disable=not args.tqdm or rank() != 0,
+        ),
+    )
+    bad = {index: error for index, error in checked.items() if error is not None}
+    report_bad(list(bad.values()), len(records), records.origin, args.skip_bad_samples)
+    return records.select([i for i in indices if i not in bad]) if bad else records
+
+
+def _count_images(records: Records) -> float:
+    """About how many images all records have, by some fifty of them."""
+    some = range(0, len(records), max(1, len(records) // 50))
+    turns = [turn for index in some for turn in records[index]["conversations"]]
+    return sum(len(turn["images"]) for turn in turns) / len(some) * len(records)

@@ -1,0 +1,302 @@
+"""
+The record that every recipe turns its rows into, and the jsonl that holds such records on disk.
+
+    {"id": "val-0000000300", "source": "ucf101", "conversations": [
+        {"images": ["val/a.0.jpg", "val/a.1.jpg"], "user": "...", "assistant": "..."}
+    ]}
+
+`conversations` is a list of turns; the images of a turn may be absent. In a jsonl, images are paths
+relative to the image folder. In memory, an image is a path, the bytes of a file, a PIL image, or
+what `datasets` makes of one of them. `answers` may list all accepted answers to the last question.
+"""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets.utils import tqdm
+
+from ..distributed import print_first, share_out
+from ..errors import DataError, first_line, quoted
+from .rows import ROW, ImageFolder, Lines, Texts, check_fields, check_type
+
+SHOWN = 10
+SKIP = "Or go on without bad samples: --skip_bad_samples."
+
+# All that the tokenizer and the processor take out of a text as one token. There, it would be read
+# as the structure of the prompt: a turn that nobody spoke, an image that nobody sent.
+CONTROL_TOKEN = re.compile(
+    r"<\|(?:image_\d+|image|user|assistant|system|end|endoftext|placeholder\d+)\|>"
+    r"|<s>|</s>|<unk>"
+)
+
+# ---- A record
+
+
+def check_record(record: object) -> dict:
+    """
+    A record with all its fields.
+
+    Raises:
+        DataError: a field is missing, unknown, of the wrong type or empty.
+    """
+    check_fields(record, "the record", {"id", "conversations"}, {"source", "answers"})
+    if not check_type(record["id"], str, "id"):
+        raise DataError("id is empty. Give every record one of its own.")
+    if not check_type(record["conversations"], list, "conversations"):
+        raise DataError("conversations is empty. Write at least one turn.")
+    turns = record["conversations"]
+    checked = {
+        "id": record["id"],
+        "source": check_type(record.get("source", ""), str, "source"),
+        "conversations": [_check_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)],
+    }
+    (checked["id"] + checked["source"]).encode()  # UnicodeEncodeError: half a surrogate pair
+    if "answers" in record:
+        answers = check_type(record["answers"], list, "answers")
+        checked["answers"] = [_check_text(a, f"answers[{i}]", True) for i, a in enumerate(answers)]
+    return checked
+
+
+def _check_turn(turn: object, field: str) -> dict:
+    check_fields(turn, field, {"user", "assistant"}, {"images"})
+    images = [] if turn.get("images") is None else turn["images"]
+    return {
+        "images": check_type(images, list, f"{field}.images"),
+        "user": _check_text(turn["user"], f"{field}.user"),
+        "assistant": _check_text(turn["assistant"], f"{field}.assistant", answer=True),
+    }
+
+
+def _check_text(text: object, field: str, answer: bool = False) -> str:
+    if found := CONTROL_TOKEN.search(check_type(text, str, field)):
+        raise DataError(
+            f"{field} contains {found[0]!r}, which would be read as a control token. Remove it; "
+            "images are listed in `images`."
+        )
+    if answer and not text.strip():
+        raise DataError(f"{field} is empty. Write an answer or remove it.")
+    text.encode()
+    return text
+
+
+def to_messages(record: dict) -> list[dict[str, str]]:
+    """
+    The chat messages of a record, image tags included.
+
+    Images are numbered through the whole conversation. A turn's tags come first, then a newline,
+    then the user's text; a turn without images is its text alone.
+    """
+    messages, number = [], 0
+    for turn in record["conversations"]:
+        tags = "".join(f"<|image_{number + i + 1}|>" for i in range(len(turn["images"])))
+        number += len(turn["images"])
+        messages.append(
+            {"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]}
+        )
+        messages.append({"role": "assistant", "content": turn["assistant"]})
+    return messages
+
+
+# ---- Rows to records
+
+
+class Records(Sequence):
+    """
+    Records made of rows, each when it is asked for: a map-style dataset for the Trainer.
+
+    All rows are checked before the first record is handed out, see `check`.
+
+    Args:
+        rows: a `datasets.Dataset`, `Lines`, or any sequence.
+        to_record: a row to its record, or to a list of records where it has several questions.
+            Without it, rows are records. Images of a `datasets.Dataset` are not read while its rows
+            are checked, so it should hand them on as they are. Whatever it raises becomes a
+            DataError that names the row. A record without an id gets `<source>-<row>`, and in a
+            list `<source>-<row>-<number>`.
+        origin: what the rows are called in messages. `Lines` and what `load_rows` returns know it.
+        image_dir: the folder that images are paths in; they may not leave it.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence,
+        to_record: Callable[[dict], dict | list[dict]] | None = None,
+        origin: str | Path = "",
+        image_dir: str | Path | None = None,
+    ):
+        self.rows, self.to_record, self.origin = rows, to_record, str(origin)
+        self._folder = None if image_dir is None else ImageFolder(image_dir)
+        self._word, self._numbers, self._texts = "row", range(len(rows)), rows
+        if isinstance(rows, Lines):
+            self._word, self._numbers, self.origin = "line", rows.numbers, str(rows.path)
+        if isinstance(rows, datasets.Dataset):
+            self.origin = self.origin or rows.info.dataset_name or ""
+            if ROW in rows.column_names:
+                self._numbers = rows.with_format("numpy")[ROW][:]
+                self.rows = rows.remove_columns(ROW)
+            self._texts = Texts(self.rows)
+        # (records, 2): the index of a record's row, and its number there. None before `check`.
+        self._keys: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self._checked())
+
+    def __getitem__(self, index: int) -> dict:
+        row, number = map(int, self._checked()[index])
+        return self._record(row, self._make(row, self.rows)[number])
+
+    def where(self, index: int) -> str:
+        """Where a record comes from, for messages: "file, line 3"."""
+        return self._place(self._checked()[index][0])
+
+    def select(self, indices: Sequence[int]) -> "Records":
+        """Some of the records, in this order."""
+        chosen = copy.copy(self)
+        chosen._keys = self._checked()[list(indices)]
+        return chosen
+
+    def check(self, skip_bad: bool = False) -> "Records":
+        """
+        Check every row: it becomes records with all fields, whose ids no other has, and whose image
+        paths are files. What is in images is not looked at. The ranks share the work.
+
+        Args:
+            skip_bad: leave bad records out and print which, instead of an error for the first.
+
+        Raises:
+            DataError: the first bad record, or with `skip_bad`, that no good one is left.
+        """
+        bad = self.find_bad(first_alone=not skip_bad)
+        report_bad(bad, len(self._keys) + len(bad), self.origin, skip_bad)
+        return self
+
+    def find_bad(self, first_alone: bool = False) -> list[DataError]:
+        """What `check` finds, and the records are without from now on; or not all of it."""
+        checked = share_out(
+            self._check_row,
+            range(len(self.rows)),
+            first_error=first_alone,
+            # Hidden where the bars of `datasets` are.
+            progress=functools.partial(
+                tqdm, desc=f"checking {self.origin}", unit=self._word, delay=3
+            ),
+        )
+        keys, bad, first = [], [], {}
+        for row, ids in checked.items():
+            for number, identifier in enumerate([ids] if isinstance(ids, DataError) else ids):
+                if isinstance(identifier, DataError):
+                    bad.append(identifier)
+                elif identifier in first:
+                    other = f"{self._word} {self._numbers[first[identifier]]}"
+                    error = f"id {quoted(identifier)} is that of {other} too. Make ids unique."
+                    bad.append(DataError(f"{self._place(row)}: {error}"))
+                else:
+                    first[identifier] = row
+                    keys.append((row, number))
+        self._keys = np.array(keys, dtype=np.int64).reshape(-1, 2)
+        return bad
+
+    def _check_row(self, row: int) -> list[str | DataError]:
+        """
+        The ids of a row's records; of several, a bad one is its error.
+
+        Raises:
+            DataError: the row, or its only record, is bad.
+        """
+        made, ids = self._make(row, self._texts), []
+        for record in made:
+            try:
+                ids.append(self._record(row, record)["id"])
+            except DataError as error:
+                if len(made) == 1:
+                    raise
+                ids.append(error)
+        return ids
+
+    def _checked(self) -> np.ndarray:
+        return self._keys if self._keys is not None else self.check()._keys
+
+    def _make(self, row: int, rows: Sequence) -> list:
+        """What `to_record` makes of a row, with ids, as a list."""
+        content = None
+        try:
+            content = rows[row]
+            if self.to_record is None:
+                return [content]
+            made = self.to_record(content)
+            several = isinstance(made, list)
+            if several and not made:
+                raise DataError("no record comes of it. Remove it.")
+            records = []
+            for number, record in enumerate(made if several else [made]):
+                source = f"{record.get('source', 'row')}-{self._numbers[row]}"
+                records.append({"id": f"{source}-{number}" if several else source, **record})
+            return records
+        except Exception as error:  # `to_record` is the recipe's own code
+            raise self._error(row, error, content) from _cause(error)
+
+    def _record(self, row: int, record: object) -> dict:
+        """A record of a row, checked, its images as full paths."""
+        try:
+            record = check_record(record)
+            if self._folder:
+                for number, turn in enumerate(record["conversations"]):
+                    field = f"conversations[{number}].images"
+                    turn["images"] = [self._folder.find(image, field) for image in turn["images"]]
+            return record
+        except Exception as error:
+            raise self._error(row, error, record) from _cause(error)
+
+    def _place(self, row: int) -> str:
+        place = f"{self._word} {self._numbers[row]}"
+        return f"{self.origin}, {place}" if self.origin else place
+
+    def _error(self, row: int, error: Exception, content: object) -> DataError:
+        """A DataError with the place of a row; of an error of other kinds, with its content too."""
+        if isinstance(error, DataError):
+            return DataError(f"{self._place(row)}: {error}")
+        reason = first_line(error)
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        return DataError(f"{self._place(row)}: {reason}. Correct it; it is {quoted(content)}.")
+
+
+def _cause(error: Exception) -> Exception | None:
+    """Where the recipe's code failed is worth a traceback; a message that is repeated is not."""
+    return None if isinstance(error, DataError) else error
+
+
+def report_bad(bad: Sequence[DataError], total: int, name: str, skip_bad: bool) -> None:
+    """
+    Say which of `total` samples are bad: with `skip_bad` in print, else as an error.
+
+    Raises:
+        DataError: the first bad one, or with `skip_bad`, that no good one is left. Or there are
+            no samples.
+    """
+    if not total:
+        raise DataError(f"{name}: there are no samples. Check where they come from.")
+    if bad and not skip_bad:
+        raise DataError(f"{bad[0]} {SKIP}")
+    if len(bad) == total:
+        raise DataError(f"{name}: all of the {total} samples are bad. {bad[0]}")
+    if bad:
+        shown = [f"  {error}" for error in bad[:SHOWN]]
+        rest = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        counted = f"{name}: {len(bad)} of {total} samples are bad and left out:"
+        print_first("\n".join([counted, *shown, *rest]))
+
+
+def load_records(path: str | Path, image_dir: str | Path) -> Records:
+    """
+    The records of a jsonl file, whose images are paths in `image_dir`.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or it is empty.
+    """
+    return Records(Lines(path), image_dir=image_dir)
