@@ -188,4 +188,6 @@ def phase(what):
     except (RunError, DataError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if explanation(error):
+            raise
         raise RunError(f"{what}: {first_line(error)}") from error

@@ -62,8 +62,13 @@ import os, sys, runpy
 sys.path.insert(0, {repo!r})
 from phi3v import Phi3VForCausalLM
 if os.environ["RANK"] == "1":
-    compute = Phi3VForCausalLM._loss
-    Phi3VForCausalLM._loss = lambda self, *args: compute(self, *args) * float("nan")
+    compute = Phi3VForCausalLM.forward
+    def poison(self, *args, **inputs):
+        output = compute(self, *args, **inputs)
+        if output.loss is not None:
+            output.loss = output.loss * float("nan")
+        return output
+    Phi3VForCausalLM.forward = poison
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """

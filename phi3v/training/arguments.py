@@ -26,6 +26,7 @@ DECIDED_BY = {
     "use_cpu": "whether there is a GPU",
     "remove_unused_columns": "the recipe's collator",
     "label_names": "the recipe's collator",
+    "label_smoothing_factor": "the head, which runs where there are labels alone",
     "use_liger_kernel": "--use_liger",
     "fsdp": "--deepspeed",
 }

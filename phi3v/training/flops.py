@@ -76,7 +76,7 @@ def _forward_steps(model: nn.Module) -> Iterator[tuple[str, int, nn.Module | int
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder, vision = base.model, base.model.vision_embed_tokens
-    tower, config = vision.img_processor.vision_model, base.config.get_vision_config()
+    tower, config = vision.img_processor.vision_model, base.config.vision_config
     patches = (config.image_size // config.patch_size) ** 2
     positions = patches + 1  # one for the class token
 

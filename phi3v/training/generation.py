@@ -78,7 +78,8 @@ def generate(
             if stop():
                 break
             batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-            output = model.generate(**batch, generation_config=greedy)
+            # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
+            output = model.generate(**batch, generation_config=greedy, synced_gpus=False)
             answers = output.sequences[:, batch["input_ids"].shape[1] :]
             texts += processor.batch_decode(answers, skip_special_tokens=True)
             if choices:

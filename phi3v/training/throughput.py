@@ -58,7 +58,7 @@ class Meter:
     def __init__(self, model: nn.Module, device: torch.device):
         """`model` as it is trained, adapters included, and before it is wrapped."""
         self.device = device
-        self.crop_size = model.config.get_vision_config().image_size
+        self.crop_size = model.config.vision_config.image_size
         self.flops = training_flops(model)
         on_gpu = device.type == "cuda"
         self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None

@@ -135,9 +135,9 @@ class Phi3VTrainer(Trainer):
             return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        ids = inputs.pop("ids")
-        self.meter.count(inputs, inputs.pop("lengths"))
-        loss = super().training_step(model, {**inputs}, num_items_in_batch)
+        self.meter.count(inputs)
+        ids, _ = inputs.pop("ids"), inputs.pop("lengths")
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append((ids, loss))
         return loss
 
