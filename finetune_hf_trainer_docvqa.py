@@ -89,9 +89,9 @@ def load_datasets(args) -> tuple[Records, Records]:
 
 def mini_record(row: dict, seed: int) -> dict:
     """One of the accepted answers is the one to learn, drawn by the seed."""
-    identifier, question = f"docvqa-{row['id']}", row["query"]["en"]
-    if not question or not row["answers"]:
-        raise ValueError("it needs a text `en` in `query`, and `answers`")
+    identifier, question = f"docvqa-{row['id']}", (row["query"] or {}).get("en")
+    if row["id"] in (None, "") or not question or not row["answers"]:
+        raise ValueError("it needs an id, a text `en` in `query`, and `answers`")
     turn = {
         "images": [row["image"]],
         "user": f"{question}\nAnswer briefly.",
