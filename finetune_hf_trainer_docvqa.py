@@ -26,25 +26,17 @@ from collections.abc import Iterator
 from functools import partial
 
 from datasets import Image
-from transformers import Trainer
+from peft import LoraConfig
 
-from phi3v.data.collators import TrainingCollator
-from phi3v.data.prepare import prepare
-from phi3v.data.records import Records
-from phi3v.data.sources import load_rows
-from phi3v.training.arguments import make_parser, parse_arguments
-from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, evaluate
-from phi3v.training.loading import load_model, load_processor
-from phi3v.training.loss_watch import LossWatch
-from phi3v.training.metrics import anls
-from phi3v.training.throughput import ThroughputCallback
-from phi3v.training.training import (
-    finish_run,
-    make_training_arguments,
-    save_model,
-    set_learning_rates,
+from phi3v.data import Records, load_rows, prepare
+from phi3v.training import (
+    Phi3VTrainer,
+    RecipeParser,
+    load_model,
+    load_processor,
+    training_arguments,
 )
+from phi3v.training.metrics import anls
 
 MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = {"id": object, "image": Image, "query": {"en": str}, "answers": [str]}
@@ -53,7 +45,7 @@ CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}
 
 
 def get_arguments():
-    parser = make_parser(__doc__)
+    parser = RecipeParser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--full_train", action="store_true", help=f"train on all of DocVQA ({CAULDRON}, docvqa)"
@@ -67,7 +59,7 @@ def get_arguments():
         default=MINI,
         help="evaluate on the test split of this hub id or local folder",
     )
-    return parse_arguments(parser)
+    return parser.parse_args()
 
 
 def load_datasets(args) -> tuple[Records, Records]:
@@ -123,42 +115,54 @@ def metrics(results) -> dict[str, float]:
     return {"anls": anls([r.text for r in results], [r.answers for r in results])}
 
 
+def lora_config(args) -> LoraConfig:
+    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
+    if not args.freeze_vision_model:
+        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+        targets += ["img_projection.0", "img_projection.2"]
+    return LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_rank * args.lora_alpha_ratio,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
+
+
 def main():
     args = get_arguments()
-    training_args = make_training_arguments(args)
-
-    # Data before the model: a mistake in it should not cost the loading.
+    training_args = training_arguments(
+        args,  # its flags win: --optim adamw_bnb_8bit, --report_to wandb, ...
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        lr_scheduler_type="linear",
+        warmup_steps=50,
+        logging_steps=10,
+    )
     processor = load_processor(args)
     train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
-    settings = run_settings(args, train_dataset)
-    checkpoint = find_checkpoint(args, settings)
-
-    model = load_model(args, training_args)
-    throughput = ThroughputCallback()
-    checkpoints = CheckpointCallback(args, processor, settings)
-    trainer = Trainer(
-        model=model,
+    trainer = Phi3VTrainer(
+        model=load_model(args, training_args, lora_config(args)),
         args=training_args,
-        data_collator=TrainingCollator(processor, with_ids=True),
+        flags=args,
+        processing_class=processor,
         train_dataset=train_dataset,
-        callbacks=[LossWatch(), throughput, checkpoints],
+        eval_dataset=eval_dataset,
+        compute_metrics=metrics,
     )
-    throughput.time_batches(trainer)
-    set_learning_rates(trainer, args)
-
-    def run_evaluation(file_name: str):
-        evaluate(trainer, processor, eval_dataset, metrics, file_name, args)
-
-    trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation, checkpoints))
-
+    checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None:
-        run_evaluation("eval_before.json")
-    if args.eval_only:
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
-    save_model(trainer, processor, args)
-    run_evaluation("eval_after.json")
-    finish_run(args)
+        trainer.evaluate(file_name="eval_before.json")
+    if not args.eval_only:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.evaluate(file_name="eval_after.json")
+        if args.merge_lora:
+            trainer.merge_adapter()
 
 
 if __name__ == "__main__":

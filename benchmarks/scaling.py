@@ -31,7 +31,8 @@ from benchmarks.training_step import make_batch, process_memory, run
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collators import TrainingCollator
 from phi3v.data.records import load_records
-from phi3v.training.throughput import COUNTED, count_batch, training_flops
+from phi3v.training.flops import training_flops
+from phi3v.training.throughput import count_batch
 
 PARTS = ("samples", "rows", "processes", "cluster")
 
@@ -51,8 +52,9 @@ def step_seconds(model: torch.nn.Module, batch: dict, steps: int) -> list[float]
 
 def count_units(batch: dict) -> dict[str, int]:
     """How often a batch has each unit that `training_flops` counts by."""
-    counted = dict(zip(COUNTED, count_batch(batch, 336).tolist(), strict=True))
-    return {unit: counted[unit] for unit in ("tokens", "pairs", "labels", "crops")}
+    # Every row is one sample, and none is padded.
+    counted = count_batch({**batch, "lengths": [len(row) for row in batch["input_ids"]]}, 336)
+    return {unit: int(counted[unit]) for unit in ("tokens", "pairs", "labels", "crops")}
 
 
 # ---- One sample ----

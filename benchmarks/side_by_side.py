@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "pillow", "av", "numba")
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "pillow", "av")
 
 Measured = TypeVar("Measured")
 

@@ -75,7 +75,7 @@ def quoted(value: object) -> str:
     return _short.repr(value).replace("\n", " ")
 
 
-def explain_failures() -> None:
+def explain_failures(output_dir=None) -> None:
     """From here on, a failure that has an explanation ends the run with it, on every rank."""
     sys.excepthook = _report
     atexit.register(_wait_for_gloo)
@@ -179,3 +179,13 @@ def _disk_is_full(error: BaseException) -> bool:
     return isinstance(error, SafetensorError | RuntimeError | OSError) and any(
         sign in str(error) for sign in FAILED_WRITE
     )
+
+
+@contextlib.contextmanager
+def phase(what):
+    try:
+        yield
+    except (RunError, DataError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RunError(f"{what}: {first_line(error)}") from error

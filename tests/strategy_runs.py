@@ -79,32 +79,32 @@ def run(recipe: str, strategy: str, checkpoint: Path, data: Path, folder: Path) 
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     output_dir = folder / f"{recipe}-{strategy}"
     module = importlib.import_module(f"finetune_hf_trainer_{recipe}")
-    load_model, save_model = module.load_model, module.save_model
+    load_model, trainer = module.load_model, module.Phi3VTrainer
     adapters, engines = {}, []
 
-    def load_and_keep(args, training_args):
-        training_args.logging_steps = 1
-        model = load_model(args, training_args)
+    def load_and_keep(*args):
+        model = load_model(*args)
         adapters.update(
             (n, p.detach().clone()) for n, p in model.named_parameters() if "lora_" in n
         )
         return model
 
-    def note_and_save(trainer, *args):
-        engines.append(trainer.accelerator.distributed_type.value)
-        save_model(trainer, *args)
+    class NotingTrainer(trainer):
+        def save_model(self, *args, **kwargs):
+            engines.append(self.accelerator.distributed_type.value)
+            super().save_model(*args, **kwargs)
 
-    module.load_model, module.save_model = load_and_keep, note_and_save
+    module.load_model, module.Phi3VTrainer = load_and_keep, NotingTrainer
     sys.argv = [
         *(module.__file__, *data_flags(recipe, data), *STRATEGIES[strategy], "--no-tqdm"),
         *("--model_name_or_path", str(checkpoint), "--output_dir", str(output_dir)),
         *("--batch_size", "4", "--num_crops", "1", "--wd", "0", "--max_new_tokens", "2"),
-        *("--num_train_epochs", "2", "--learning_rate", "1e-2"),
+        *("--num_train_epochs", "2", "--learning_rate", "1e-2", "--logging_steps", "1"),
     ]
     try:
         module.main()
     finally:
-        module.load_model, module.save_model = load_model, save_model
+        module.load_model, module.Phi3VTrainer = load_model, trainer
     if adapters:
         # PEFT's files leave the adapter's name out.
         before = {name.replace(".default.", "."): tensor for name, tensor in adapters.items()}

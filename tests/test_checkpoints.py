@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import pickle
 import shutil
@@ -16,34 +17,21 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from helpers.records import RECORDS
-from helpers.trainers import arguments, make_trainer
-from phi3v.data.collators import TrainingCollator
+from helpers.trainers import SETTINGS, arguments, make_trainer
 from phi3v.errors import RunError, explanation
-from phi3v.training.checkpoints import (
-    CheckpointCallback,
-    find_checkpoint,
-    fingerprint,
-    run_settings,
-)
-from phi3v.training.loading import load_processor
-from phi3v.training.loss_watch import LossWatch
+from phi3v.training import training_arguments
+from phi3v.training.checkpoints import fingerprint
+from phi3v.training.launch import _prepare_deepspeed
 from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.training.training import _prepare_deepspeed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
-def checkpoint_callback(args, records=RECORDS):
-    return CheckpointCallback(args, load_processor(args), run_settings(args, records))
-
-
 def trained(checkpoint, folder, *flags, records=RECORDS):
-    """A short run that saves a checkpoint at every step; its arguments."""
+    """A short run that saves a checkpoint at every step."""
     args = arguments(checkpoint, folder, "--batch_size", "1", "--save_steps", "1", *flags)
     trainer = make_trainer(args, records)
-    trainer.add_callback(checkpoint_callback(args, records))
-    trainer.train()
-    return args
+    trainer.train(trainer.args.resume_from_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +47,12 @@ def copy(run, tmp_path):
     return shutil.copytree(run, tmp_path / "output")
 
 
-def resume(demo_checkpoint, folder, *flags, records=RECORDS) -> str | None:
-    flags = ("--batch_size", "1", "--resume_from_checkpoint", *flags)
-    args = arguments(demo_checkpoint, folder, *flags)
-    return find_checkpoint(args, run_settings(args, records))
+def resume(demo_checkpoint, folder, *flags) -> str | None:
+    """What a run would resume from, whose settings in make_trainer are these."""
+    args = arguments(
+        demo_checkpoint, folder, *("--batch_size", "1", "--resume_from_checkpoint", *flags)
+    )
+    return training_arguments(args, **SETTINGS).resume_from_checkpoint
 
 
 def test_newest_complete_one(demo_checkpoint, copy):
@@ -95,9 +85,11 @@ def test_a_half_written_one_does_not_count(demo_checkpoint, copy, damage):
 
 def test_the_next_checkpoint_removes_half_written_ones(demo_checkpoint, tmp_path):
     """Left-overs of a killed run go, and do not push out whole ones. Other folders stay."""
+    flags = ("--batch_size", "1", "--save_steps", "1")
+    trainer = make_trainer(arguments(demo_checkpoint, tmp_path, *flags))
     OutputFolder(tmp_path).begin_checkpoint("checkpoint-9").mkdir()
     (tmp_path / "checkpoint-7").mkdir()
-    trained(demo_checkpoint, tmp_path, "--resume_from_checkpoint")
+    trainer.train()
     names = [path.name for path in OutputFolder(tmp_path).checkpoints()]
     assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-7"]
 
@@ -117,12 +109,15 @@ def test_other_settings_are_refused(demo_checkpoint, copy, flags, difference):
         resume(demo_checkpoint, copy, *flags)
 
 
-def test_other_processes_or_data_are_refused(demo_checkpoint, copy, monkeypatch):
+def test_other_processes_or_data_are_refused(demo_checkpoint, copy):
     """So are another number of processes, and other samples."""
+    flags = ("--batch_size", "1", "--resume_from_checkpoint")
     with pytest.raises(RunError, match="training data is '2 samples"):
-        resume(demo_checkpoint, copy, records=RECORDS[:2])
-    monkeypatch.setattr("phi3v.training.checkpoints.world_size", lambda: 2)
-    with pytest.raises(RunError, match="processes is 2, it had 1"):
+        make_trainer(arguments(demo_checkpoint, copy, *flags), RECORDS[:2])
+    settings = json.loads((copy / "checkpoint-3" / COMPLETE).read_text())
+    settings["settings"]["processes"] = 2
+    (copy / "checkpoint-3" / COMPLETE).write_text(json.dumps(settings))
+    with pytest.raises(RunError, match="processes is 1, it had 2"):
         resume(demo_checkpoint, copy)
 
 
@@ -147,16 +142,15 @@ def test_fingerprint():
 
 def test_a_checkpoint_that_is_overwritten_stops_counting(run, copy, demo_checkpoint, monkeypatch):
     """Resumed from an earlier one, the run writes the later one anew: half of it must not count."""
-    args = arguments(demo_checkpoint, copy, "--batch_size", "1", "--save_steps", "1")
-    trainer = make_trainer(args)
-    trainer.add_callback(checkpoint_callback(args))
+    flags = ("--save_steps", "1", "--resume_from_checkpoint", str(copy / "checkpoint-2"))
+    trainer = make_trainer(arguments(demo_checkpoint, copy, "--batch_size", "1", *flags))
     states = []
     monkeypatch.setattr(
         trainer,
         "_save_optimizer_and_scheduler",
         lambda path: states.append(incompleteness(Path(path))),
     )
-    trainer.train(resume_from_checkpoint=str(copy / "checkpoint-2"))
+    trainer.train(trainer.args.resume_from_checkpoint)
     assert states and "not complete" in states[0]
 
 
@@ -164,7 +158,6 @@ def test_many_steps_hold_no_memory(demo_checkpoint, tmp_path):
     """Hundreds of steps end with the memory that the first hundred had."""
     args = arguments(demo_checkpoint, tmp_path, "--batch_size", "1", "--num_train_epochs", "130")
     trainer = make_trainer(args)
-    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
     held = {}
 
     class Measure(TrainerCallback):
@@ -173,8 +166,6 @@ def test_many_steps_hold_no_memory(demo_checkpoint, tmp_path):
                 gc.collect()
                 held[state.global_step] = psutil.Process().memory_info().rss / 1e6
 
-    for callback in (LossWatch(), checkpoint_callback(args)):
-        trainer.add_callback(callback)
     trainer.add_callback(Measure())
     trainer.train()
     assert list(held) == [130, 260, 390]
@@ -232,9 +223,8 @@ def poisoned_trainer(demo_checkpoint, folder, *steps: int, fp16: bool = False):
     """A trainer whose loss is NaN at some steps, of one sample each."""
     args = arguments(demo_checkpoint, folder, "--batch_size", "1", "--num_train_epochs", "10")
     records = [{**one, "id": f"sample-{i}"} for i, one in enumerate(RECORDS)]
-    trainer = make_trainer(args, records, [LossWatch()])
-    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
-    trainer.args.fp16 = fp16  # what LossWatch looks at; a CPU computes in float32 all the same
+    trainer = make_trainer(args, records)
+    trainer.args.fp16 = fp16  # what is looked at; a CPU computes in float32 all the same
     forward, calls = trainer.model.forward, []
 
     def poison(**inputs):
@@ -255,7 +245,7 @@ def poisoned_trainer(demo_checkpoint, folder, *steps: int, fp16: bool = False):
 def test_a_loss_that_is_not_finite(demo_checkpoint, tmp_path):
     """The run ends at that step, and names the samples of its batch."""
     trainer = poisoned_trainer(demo_checkpoint, tmp_path, 2)
-    with pytest.raises(RunError, match=r"the loss of step 2 is nan, in the batch of 'sample-\d'"):
+    with pytest.raises(RunError, match=r"step 2 is not finite, in the batch of 'sample-\d'"):
         trainer.train()
 
 
@@ -265,16 +255,17 @@ def test_overflows_of_fp16_are_skipped(demo_checkpoint, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 30
     trainer = poisoned_trainer(demo_checkpoint, tmp_path, *range(4, 14), fp16=True)
-    with pytest.raises(RunError, match="the loss of step 13 is nan"):
+    with pytest.raises(RunError, match="the loss of step 13 is not finite"):
         trainer.train()
 
 
-def test_loss_scale_at_its_minimum():
+def test_loss_scale_at_its_minimum(demo_checkpoint, tmp_path):
     """fp16 that overflows again and again ends the run; a scale that works does not."""
-    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 0.5))
+    trainer = make_trainer(arguments(demo_checkpoint, tmp_path))
+    trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: 1024.0)
+    trainer.log({"loss": 1.0})
+    trainer.accelerator.scaler.get_scale = lambda: 0.5
     with pytest.raises(RunError, match="Use --bf16 .* or lower --learning_rate"):
-        LossWatch().on_log(None, None, None, optimizer=optimizer)
-    optimizer.scaler.get_scale = lambda: 1024.0
-    LossWatch().on_log(None, None, None, optimizer=optimizer)
+        trainer.log({"loss": 1.0})
     text = explanation(Exception("Current loss scale already at minimum - cannot decrease"))
     assert "fp16 overflows" in text

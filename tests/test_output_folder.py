@@ -14,19 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import REPO
 from helpers.launcher import torchrun
-from helpers.records import RECORDS
-from helpers.trainers import arguments, make_trainer
+from helpers.trainers import SETTINGS, arguments, make_trainer
 from phi3v.errors import RunError
-from phi3v.training.arguments import make_parser, parse_arguments
-from phi3v.training.checkpoints import (
-    CheckpointCallback,
-    bytes_to_write,
-    find_checkpoint,
-    run_settings,
-)
-from phi3v.training.loading import load_processor
-from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
-from phi3v.training.training import finish_run, save_model
+from phi3v.training import RecipeParser, training_arguments
+from phi3v.training.checkpoints import bytes_to_write
+from phi3v.training.merging import merge_adapter
+from phi3v.training.output_folder import COMPLETE, LAST_RESULT, OutputFolder, incompleteness
 from small_datasets import write_videos
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -42,15 +35,13 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def train(checkpoint: Path, folder: Path, *flags: str, finish: bool = True) -> None:
-    """What a recipe does, without its evaluations."""
+    """What a recipe does, without its first evaluation."""
     args = arguments(checkpoint, folder, "--batch_size", "1", "--save_steps", "1", *flags)
-    processor, settings = load_processor(args), run_settings(args, RECORDS)
-    found = find_checkpoint(args, settings)
-    trainer = make_trainer(args, callbacks=[CheckpointCallback(args, processor, settings)])
-    trainer.train(resume_from_checkpoint=found)
-    save_model(trainer, processor, args)
+    trainer = make_trainer(args)
+    trainer.train(trainer.args.resume_from_checkpoint)
+    trainer.save_model()
     if finish:
-        finish_run(args)
+        trainer.evaluate(file_name=LAST_RESULT)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +60,7 @@ def output(finished, tmp_path) -> Path:
 def lora(checkpoint, folder, *flags):
     flags = ("--use_lora", "--lora_rank", "2", "--batch_size", "1", *flags)
     args = arguments(checkpoint, folder, *flags)
-    return find_checkpoint(args, run_settings(args, RECORDS))
+    return training_arguments(args, **SETTINGS).resume_from_checkpoint
 
 
 # ---------------------------------------------------------------- what is refused
@@ -78,7 +69,7 @@ def lora(checkpoint, folder, *flags):
 def test_results_are_not_overwritten(demo_checkpoint, output):
     """A new run is refused beside another's results, and nothing is changed by that."""
     before = files_below(output)
-    with pytest.raises(RunError, match="holds .*safetensors of another run.*overwrite_output_dir"):
+    with pytest.raises(RunError, match="holds .* of another run.*overwrite_output_dir"):
         lora(demo_checkpoint, output)
     (output / "eval_before.json").write_text("{}")
     with pytest.raises(RunError, match="holds eval_before.json"):
@@ -109,7 +100,7 @@ def test_the_model_folder_is_no_output_folder(tmp_path, capsys, where, flag):
     }[where]
     flags = [f"--model_name_or_path={name}", f"--output_dir={folder}", *flag]
     with pytest.raises(SystemExit) as stopped:
-        parse_arguments(make_parser(""), flags)
+        RecipeParser("").parse_args(flags)
     assert stopped.value.code == 2
     assert f"--output_dir {folder} is where --model_name_or_path {name} lies" in (
         capsys.readouterr().err
@@ -121,14 +112,14 @@ def test_folders_beside_and_below_the_model_are_fine(tmp_path):
     (tmp_path / "phi").mkdir()
     for folder in ("phi2", "phi/second_stage"):
         flags = [f"--model_name_or_path={tmp_path / 'phi'}", f"--output_dir={tmp_path / folder}"]
-        assert parse_arguments(make_parser(""), flags)
+        assert RecipeParser("").parse_args(flags)
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "a" * 300, "/dev/null", "/proc/out"])
 def test_output_folders_that_cannot_be(demo_checkpoint, tmp_path, name):
     """One message that names the flag, before the model is loaded."""
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="--output_dir .*(no folder|cannot be|too long|Not a dir)"):
+    with pytest.raises(RunError, match="--output_dir .*(no folder|too long|Not a dir|No such)"):
         lora(demo_checkpoint, tmp_path / name)
 
 
@@ -173,10 +164,9 @@ def test_overwriting_removes_what_our_run_wrote(demo_checkpoint, output):
         (output / name).write_text(text)
     before = files_below(output)
     args = arguments(demo_checkpoint, output, "--overwrite_output_dir", "--batch_size", "1")
-    settings = run_settings(args, RECORDS)
-    assert find_checkpoint(args, settings) is None
+    assert training_arguments(args).resume_from_checkpoint is None
     assert files_below(output) == before, "nothing goes before the model is loaded"
-    make_trainer(args, callbacks=[CheckpointCallback(args, load_processor(args), settings)])
+    make_trainer(args)
     left = files_below(output)
     assert left.keys() == {*mine, ".phi3v/run.json"}
     assert all(left[name] == text.encode() for name, text in mine.items())
@@ -255,7 +245,7 @@ def leave_one(output: Path) -> Path:
     [*others, newest] = folder.checkpoints()
     for path in others:
         folder.remove_checkpoint(path.name)
-    folder.update(finished=False)
+    (output / LAST_RESULT).unlink()
     return newest
 
 
@@ -325,12 +315,11 @@ def test_a_merge_that_fails_leaves_the_adapter(demo_checkpoint, output, monkeypa
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    OutputFolder(output).update(finished=False)
     args = arguments(demo_checkpoint, output, "--use_lora", "--merge_lora", "--batch_size", "1")
     with monkeypatch.context() as broken:
         broken.setattr(f"{owner}.{step}", fail)
         with pytest.raises(RunError, match="--merge_lora: .*No space.* The adapter is saved in"):
-            finish_run(args)
+            merge_adapter(args)
     assert (output / "adapter_model.safetensors").read_bytes() == adapter
     assert not (output / "merged").exists()
     # The same command goes on with the merge.
@@ -376,13 +365,12 @@ def test_no_room_is_found_at_the_start(demo_checkpoint, tmp_path, monkeypatch):
     usage = SimpleNamespace(free=10**12)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     args = arguments(demo_checkpoint, tmp_path / "a" / "b", "--save_steps", "1")
-    callback = CheckpointCallback(args, load_processor(args), {})
-    trainer = make_trainer(args, callbacks=[callback])
+    trainer = make_trainer(args)
     usage.free = bytes_to_write(trainer.model, args, num_checkpoints=3, deepspeed=False)
-    callback._check_free_space(trainer.model, saves=True, deepspeed=False)
+    make_trainer(args)
     usage.free -= 1
     with pytest.raises(RunError, match=r"will write up to 0.0 GB, .* lower --save_total_limit"):
-        callback._check_free_space(trainer.model, saves=True, deepspeed=False)
+        make_trainer(args)
 
 
 def test_bytes_to_write():

@@ -7,12 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.records import RECORDS
 from helpers.trainers import arguments, make_trainer
 from phi3v.training import stopping
-from phi3v.training.checkpoints import CheckpointCallback, find_checkpoint, run_settings
-from phi3v.training.evaluation import EvaluateEvery, evaluate
-from phi3v.training.loading import load_processor
 from phi3v.training.output_folder import OutputFolder, incompleteness
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -33,22 +29,17 @@ class Run:
     def __init__(self, checkpoint: Path, folder: Path, *flags: str):
         flags = ("--eval_steps", "2", "--eval_batch_size_per_gpu", "1", *flags)
         flags = ("--batch_size", "1", "--num_train_epochs", "2", "--max_new_tokens", "2", *flags)
-        args = arguments(checkpoint, folder, *flags)
-        processor, settings = load_processor(args), run_settings(args, RECORDS)
-        self.found = find_checkpoint(args, settings)
-        self.checkpoints = CheckpointCallback(args, processor, settings)
-        self.trainer = make_trainer(args, callbacks=[self.checkpoints])
+        self.whole_at_evaluation = []
         self.folder = OutputFolder(folder)
-        self.whole_at_evaluation = {}
+        self.trainer = make_trainer(
+            arguments(checkpoint, folder, *flags), compute_metrics=self.metrics
+        )
 
-        def run_evaluation(name: str) -> None:
-            self.whole_at_evaluation[name] = [
-                path.name for path in self.folder.checkpoints() if not incompleteness(path)
-            ]
-            evaluate(self.trainer, processor, RECORDS, lambda results: {}, name, args)
-
-        self.run_evaluation = run_evaluation
-        self.trainer.add_callback(EvaluateEvery(args.eval_steps, run_evaluation, self.checkpoints))
+    def metrics(self, results: list) -> dict[str, float]:
+        self.whole_at_evaluation.append(
+            [path.name for path in self.folder.checkpoints() if not incompleteness(path)]
+        )
+        return {"count": len(results)}
 
     def train(self, signal_at: tuple[int, int] | None = None) -> None:
         """Train; SIGTERM comes in a batch of the evaluation after a step: (step, batch)."""
@@ -62,24 +53,28 @@ class Run:
             return generate(**inputs)
 
         self.trainer.model.generate = send_and_generate
-        self.trainer.train(resume_from_checkpoint=self.found)
+        self.trainer.train(self.trainer.args.resume_from_checkpoint)
         self.generated = count
 
     def evaluations(self) -> dict[str, dict]:
         paths = sorted(self.folder.path.glob("eval_step_*.json"))
         return {path.name: json.loads(path.read_text()) for path in paths}
 
+    def logged(self) -> dict[int, float]:
+        history = self.trainer.state.log_history
+        return {entry["step"]: entry["eval_count"] for entry in history if "eval_count" in entry}
+
 
 @pytest.mark.parametrize("flags", [(), ("--save_steps", "1")], ids=["at SIGTERM only", "each step"])
 def test_an_evaluation_is_left_at_the_next_batch(demo_checkpoint, tmp_path, flags):
     """
     A checkpoint of the step is saved, nothing half evaluated is written, and the resumed run does
-    that evaluation first.
+    that evaluation first. Metrics are in the Trainer's own log.
     """
     whole = Run(demo_checkpoint, tmp_path / "whole")
     whole.train()
     names = [f"eval_step_{step}.json" for step in (2, 4, 6)]
-    assert list(whole.evaluations()) == names
+    assert list(whole.evaluations()) == names and whole.logged() == {2: 3, 4: 3, 6: 3}
 
     run = Run(demo_checkpoint, tmp_path / "stopped", *flags)
     with pytest.raises(SystemExit) as stopped:
@@ -88,11 +83,11 @@ def test_an_evaluation_is_left_at_the_next_batch(demo_checkpoint, tmp_path, flag
     assert list(run.evaluations()) == names[:1]
     newest = run.folder.checkpoints()[-1]
     assert newest.name == "checkpoint-4" and incompleteness(newest) is None
-    assert not run.folder.record["finished"]
+    assert not run.folder.finished
 
     again = Run(demo_checkpoint, tmp_path / "stopped", *flags, "--resume_from_checkpoint")
     again.train()
-    assert again.evaluations() == whole.evaluations()
+    assert again.evaluations() == whole.evaluations() and again.logged() == whole.logged()
     assert again.generated == 2 * 3, "the evaluation after step 2 is not done again"
 
 
@@ -100,11 +95,11 @@ def test_a_checkpoint_comes_before_the_evaluation_of_its_step(demo_checkpoint, t
     """So that a kill in a long evaluation does not cost it."""
     run = Run(demo_checkpoint, tmp_path, "--save_steps", "2")
     run.train()
-    assert run.whole_at_evaluation == {
-        "eval_step_2.json": ["checkpoint-2"],
-        "eval_step_4.json": ["checkpoint-2", "checkpoint-4"],
-        "eval_step_6.json": ["checkpoint-4", "checkpoint-6"],
-    }
+    assert run.whole_at_evaluation == [
+        ["checkpoint-2"],
+        ["checkpoint-2", "checkpoint-4"],
+        ["checkpoint-4", "checkpoint-6"],
+    ]
 
 
 def test_sigterm_after_the_last_step(demo_checkpoint, tmp_path):
@@ -113,15 +108,8 @@ def test_sigterm_after_the_last_step(demo_checkpoint, tmp_path):
     run.train()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stopping.received()
-    with pytest.raises(stopping.Stopped):
-        run.run_evaluation("eval_after.json")
-    assert not (tmp_path / "eval_after.json").exists()
-
-
-def test_sigterm_is_the_systems_again_in_the_end():
-    before = signal.getsignal(signal.SIGTERM)
-    stopping.listen()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stopping.received()
-    stopping.end()
-    assert signal.getsignal(signal.SIGTERM) == before and not stopping.received()
+    run.trainer.save_model()
+    with pytest.raises(SystemExit) as stopped:
+        run.trainer.evaluate(file_name="eval_after.json")
+    assert stopped.value.code == stopping.STOPPED
+    assert (tmp_path / "model.safetensors").exists() and not run.folder.finished

@@ -1,114 +1,70 @@
 """What a run says about its own speed: counts, FLOPs, time."""
 
-import argparse
-import json
-import re
-
 import pytest
 import torch
-from peft import get_peft_model
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
-from helpers.recipes import run
-from helpers.records import RECORDS, image, record, turn
-from helpers.trainers import arguments, make_trainer
 from phi3v import Phi3VConfig
-from phi3v.data.collators import TrainingCollator
-from phi3v.errors import RunError
-from phi3v.training.loading import load_processor, lora_config
-from phi3v.training.loss_watch import LossWatch
-from phi3v.training.throughput import (
-    COUNTED,
-    ThroughputCallback,
-    count_batch,
-    peak_flops,
-    training_flops,
-)
-from strategy_runs import data_flags, write_datasets
+from phi3v.training.flops import peak_flops, training_flops
+from phi3v.training.loading import quantization_config
+from phi3v.training.throughput import Meter, count_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-LORA = {"lora_rank": 4, "lora_alpha_ratio": 2, "lora_dropout": 0.0}
-
-
-class Clock:
-    """Stands for time.perf_counter: it moves when a test says so."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("phi3v.training.throughput.time", clock)
-    return clock
-
-
-def timed_trainer(args: argparse.Namespace, records: list, *callbacks) -> Trainer:
-    """Logs every other step."""
-    trainer = make_trainer(args, records)
-    trainer.args.logging_steps = 2
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    return trainer
-
-
-def throughput_of(trainer: Trainer) -> ThroughputCallback:
-    callbacks = trainer.callback_handler.callbacks
-    return next(callback for callback in callbacks if isinstance(callback, ThroughputCallback))
-
-
-def log_lines(trainer: Trainer) -> list[dict]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def summary(trainer: Trainer) -> dict:
-    return next(e for e in trainer.state.log_history if "train_tokens_per_second" in e)
+BATCH = {
+    "lengths": [4, 2],
+    "labels": torch.tensor([[7, -100, 7, 7], [-100, 7, -100, -100]]),
+    "image_sizes": torch.tensor([[28, 84], [56, 56], [0, 0]]),
+}
+COUNTS = {
+    "samples": 2,
+    "tokens": 6,
+    "pairs": (1 + 2 + 3 + 4) + (1 + 2),
+    "labels": 3,
+    "images": 2,
+    "crops": (1 * 3 + 1) + (2 * 2 + 1) + 1,
+}
 
 
 # ---------------------------------------------------------------- counts
 
 
-def counted(batch: dict, crop_size: int = 28) -> dict[str, int]:
-    return dict(zip(COUNTED, count_batch(batch, crop_size).tolist(), strict=True))
+def test_counts():
+    """
+    The first label, a blank image and an image's own padding to the batch's crops do not count. Of
+    a blank image the tower sees the global crop.
+    """
+    assert count_batch(BATCH, crop_size=28) == COUNTS
 
 
-def test_counts_of_a_padded_batch():
-    """Padding, the first label and an image's own padding to the batch's crops do not count."""
-    batch = {
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
-        "labels": torch.tensor([[7, -100, 7, 7], [-100, 7, -100, -100]]),
-        "image_sizes": torch.tensor([[28, 84], [56, 56]]),
-    }
-    assert counted(batch) == {
-        "samples": 2,
-        "tokens": 6,
-        "pairs": (1 + 2 + 3 + 4) + (1 + 2),
-        "labels": 3,
-        "images": 2,
-        "crops": (1 * 3 + 1) + (2 * 2 + 1),
-    }
-
-
-def test_counts_of_a_packed_row(demo_processor):
+def test_counts_of_a_packed_row():
     """Samples that share a row are counted like the same samples in rows of their own."""
-    collator = TrainingCollator(demo_processor)
-    assert counted(collator([RECORDS])) == counted(collator(RECORDS))
+    packed = {**BATCH, "labels": torch.tensor([[-100, -100, 7, 7, -100, 7]])}
+    assert count_batch(packed, crop_size=28) == COUNTS
 
 
 def test_counts_without_images():
     """A batch of texts alone sees no crop."""
-    ids = torch.ones(1, 3, dtype=torch.long)
-    numbers = counted({"attention_mask": ids, "labels": ids})
+    numbers = count_batch({"lengths": [3], "labels": torch.ones(1, 3)}, 28)
     assert (numbers["images"], numbers["crops"], numbers["pairs"]) == (0, 0, 6)
 
 
 # ---------------------------------------------------------------- FLOPs
+
+
+def lora(frozen: bool) -> LoraConfig:
+    targets = "qkv_proj|o_proj|gate_up_proj|down_proj|lm_head"
+    if not frozen:
+        targets += r"|[qkv]_proj|out_proj|fc1|fc2|img_projection\.[02]"
+    return LoraConfig(
+        r=4,
+        target_modules=rf".*\b({targets})",
+        exclude_modules=r".*\.vision_model\.encoder\.layers\.2\..*",  # is never run
+    )
 
 
 @pytest.mark.parametrize("trained", ["nothing", "full", "frozen", "lora", "lora-frozen"])
@@ -129,8 +85,7 @@ def test_flops_are_those_that_pytorch_counts(demo_checkpoint, trained):
     model.model.vision_embed_tokens.img_processor.freeze_unused()
     vision, image_token = model.model.vision_embed_tokens, model.config.image_token_id
     if "lora" in trained:
-        config = lora_config(argparse.Namespace(freeze_vision_model=frozen, **LORA), model)
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, lora(frozen))
     length = vision.count_tokens(1, 2)
     ids = torch.full((1, length + 40), 9)
     ids[:, :length] = image_token
@@ -147,10 +102,19 @@ def test_flops_are_those_that_pytorch_counts(demo_checkpoint, trained):
             loss.backward()
     assert loss.requires_grad == (trained != "nothing")
     flops = training_flops(model)
-    numbers = counted(batch, vision.crop_size)
+    numbers = count_batch({**batch, "lengths": [ids.shape[1]]}, vision.crop_size)
     numbers["pairs"] = numbers["tokens"] ** 2
     total = sum(numbers[name] * each for name, each in flops.items())
     assert total == pytest.approx(counter.get_total_flops(), rel=0.005)
+
+
+def test_flops_of_4_bit_weights(demo_checkpoint):
+    """Weights of 4 bits take the FLOPs of those that they stand for."""
+    flops = []
+    for options in ({}, {"quantization_config": quantization_config(torch.float32)}):
+        model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, **options)
+        flops.append(training_flops(get_peft_model(model, lora(frozen=False))))
+    assert flops[0] == flops[1]
 
 
 def test_flops_of_the_real_model():
@@ -204,111 +168,95 @@ def test_peak_flops(name, flops):
     assert peak_flops(name) == flops
 
 
-# ---------------------------------------------------------------- a run
+# ---------------------------------------------------------------- the meter
 
 
-def test_every_log_line_and_the_summary(demo_checkpoint, tmp_path, capsys):
-    """Rates are in the printed lines and in the log; the whole run's add up to its batches."""
-    trainer = timed_trainer(arguments(demo_checkpoint, tmp_path), RECORDS * 3)
-    trainer.train()
-    names = {f"{name}_per_second" for name in ("samples", "tokens", "images", "crops", "tflops")}
-    names |= {"data_wait", "peak_memory_gb_per_process"}
-    lines = log_lines(trainer)
-    assert len(lines) == 2, "the fifth step is in the summary alone"
-    assert all(line[name] > 0 for line in lines for name in names), lines
-    printed = capsys.readouterr().out
-    assert printed.count("'tokens_per_second'") == 2 and "'crops_per_second'" in printed
-    assert "Training: 9 samples in" in printed and "peak memory" in printed
+class Clock:
+    """Stands for time.perf_counter: it moves when a test says so."""
 
-    total = throughput_of(trainer).total
-    batch = TrainingCollator(load_processor(arguments(demo_checkpoint, tmp_path)))(RECORDS)
-    assert total["samples"] == 9
-    assert total["tokens"] == 3 * int(batch["attention_mask"].sum())
-    assert total["labels"] == 3 * int((batch["labels"] != -100).sum())
-    assert total["images"] == 3 * len(batch["image_sizes"])
-    assert summary(trainer)["train_tokens_per_second"] == total["tokens"] / total["seconds"]
-    flops = training_flops(trainer.model)
-    used = sum(total[name] * each for name, each in flops.items()) / total["seconds"]
-    assert summary(trainer)["train_tflops_per_second"] == pytest.approx(used / 1e12)
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
-def test_mfu_where_the_peak_is_known(demo_checkpoint, tmp_path, capsys):
-    """MFU is the share of the peak, and stands in the place of TFLOP/s."""
-
-    class Device(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            throughput.peak_flops = 5e12
-
-    trainer = timed_trainer(arguments(demo_checkpoint, tmp_path), RECORDS, Device())
-    throughput = throughput_of(trainer)
-    trainer.train()
-    total, numbers = throughput.total, summary(trainer)
-    used = sum(total[name] * each for name, each in throughput.flops.items()) / total["seconds"]
-    assert numbers["train_mfu"] == pytest.approx(used / 5e12)
-    assert "train_tflops_per_second" not in numbers
-    assert re.search(r"crops/s, MFU \d+\.\d%, ", capsys.readouterr().out)
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("phi3v.training.throughput.time", clock)
+    return clock
 
 
-def test_what_counts_as_training_time(demo_checkpoint, tmp_path, clock):
-    """
-    Waiting for samples and computing count, and the share of the waiting is told. Evaluations and
-    checkpoints, which come between steps, make a run longer, but not its rates lower.
-    """
+@pytest.fixture
+def meter(demo_checkpoint, clock) -> Meter:
+    meter = Meter(AutoModelForCausalLM.from_pretrained(demo_checkpoint), torch.device("cpu"))
+    meter.crop_size = 28
+    return meter
 
-    class Samples(list):
-        def __getitem__(self, index: int) -> dict:
-            clock.now += 2
-            return super().__getitem__(index)
 
-    class BetweenSteps(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.now += 50
-
-        def on_save(self, args, state, control, **kwargs):
-            clock.now += 50
-
-    def compute(*_):
+def step(meter: Meter, clock: Clock, batches: int = 2) -> None:
+    """2 seconds of waiting, 1 of computing for every batch, and 50 before the next step."""
+    with meter.waiting():
+        clock.now += 2
+    for _ in range(batches):
+        meter.count(BATCH)
         clock.now += 1
-
-    samples = Samples([record(turn("A?", "b", image(color="red")))] * 8)
-    args = arguments(demo_checkpoint, tmp_path, "--save_steps", "1")
-    trainer = timed_trainer(args, samples, BetweenSteps())
-    trainer.model.register_forward_hook(compute)
-    trainer.train()
-    total = throughput_of(trainer).total
-    assert clock.now >= 4 * 100, "four steps, and a checkpoint after each"
-    assert (total["waited"], total["seconds"]) == (8 * 2, 8 * (2 + 1))
-    assert summary(trainer)["train_data_wait"] == pytest.approx(2 / 3)
-    assert summary(trainer)["train_samples_per_second"] == pytest.approx(1 / 3)
+    meter.step_done()
+    clock.now += 50
 
 
-def test_a_script_that_forgets_to_time_batches_is_told(demo_checkpoint, tmp_path):
-    trainer = make_trainer(arguments(demo_checkpoint, tmp_path))
-    trainer.add_callback(ThroughputCallback())
-    with pytest.raises(RunError, match=r"time_batches\(trainer\) before trainer\.train\(\)"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("name", ["docvqa", "hateful_memes", "nlvr2", "ucf101"])
-def test_recipes_measure_whole_steps(
-    demo_checkpoint, tmp_path, monkeypatch, own_cache, clock, name
-):
+def test_rates_are_those_of_training_time(meter, clock):
     """
-    LossWatch waits for the device at the end of a step. That time is the step's, in every recipe.
+    Waiting for samples and computing count, and the share of the waiting is told; what comes
+    between steps does not. Rates are of the steps since the last ones, and the summary of all.
     """
+    step(meter, clock)
+    step(meter, clock)
+    rates = meter.rates()
+    for name in ("samples", "tokens", "images", "crops"):
+        assert rates[f"{name}_per_second"] == 4 * COUNTS[name] / 8
+    used = sum(COUNTS[name] * each for name, each in meter.flops.items())
+    assert rates["tflops_per_second"] == pytest.approx(4 * used / 8 / 1e12)
+    assert rates["data_wait"] == 4 / 8 and rates["peak_memory_gb_per_process"] > 0.01
 
-    def wait(watch, *args, **kwargs):
-        clock.now += 10
-        on_step_end(watch, *args, **kwargs)
+    step(meter, clock, batches=1)
+    assert meter.rates()["samples_per_second"] == COUNTS["samples"] / 3
+    step(meter, clock, batches=1)
+    numbers, line = meter.summary()
+    assert numbers["train_samples_per_second"] == 6 * COUNTS["samples"] / 14
+    assert numbers["train_data_wait"] == 8 / 14
+    assert line.startswith("Training: 12 samples in 14.0 s, 0.86 samples/s") and "peak mem" in line
 
-    on_step_end = LossWatch.on_step_end
-    monkeypatch.setattr(LossWatch, "on_step_end", wait)
-    write_datasets(tmp_path / "data")
-    run(name, demo_checkpoint, tmp_path, monkeypatch, *data_flags(name, tmp_path / "data"))
-    state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
-    [rate] = [
-        entry["train_samples_per_second"]
-        for entry in state["log_history"]
-        if "train_data_wait" in entry
-    ]
-    assert state["global_step"] == 4 and rate == pytest.approx(8 / (4 * 10))
+
+def test_mfu_where_the_peak_is_known(meter, clock):
+    """MFU is the share of the peak, and stands in the place of TFLOP/s."""
+    meter.peak_flops = 5e12
+    step(meter, clock)
+    numbers, line = meter.summary()
+    used = 2 * sum(COUNTS[name] * each for name, each in meter.flops.items())
+    assert numbers["train_mfu"] == pytest.approx(used / 4 / 5e12)
+    assert "train_tflops_per_second" not in numbers and "crops/s, MFU 0.0%, " in line
+
+
+def test_a_run_without_a_step(meter):
+    """A run that is resumed at its end has no rates, and does not fail over that."""
+    numbers, line = meter.summary()
+    assert numbers["train_samples_per_second"] == 0 and "0 samples in 0.0 s" in line
+
+
+def test_ranks_together(meter, clock, monkeypatch):
+    """What ranks do is added up, and the slowest decides about the time."""
+
+    def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> None:
+        other = tensor if op == dist.ReduceOp.SUM else tensor + 1  # a second slower
+        tensor.copy_(tensor + other if op == dist.ReduceOp.SUM else tensor.maximum(other))
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    step(meter, clock)
+    rates = meter.rates()
+    assert rates["samples_per_second"] == 2 * 2 * COUNTS["samples"] / 5
+    assert rates["data_wait"] == 3 / 5
+    used = 2 * sum(COUNTS[name] * each for name, each in meter.flops.items())
+    assert rates["tflops_per_second"] == pytest.approx(used / 5 / 1e12)  # of one process

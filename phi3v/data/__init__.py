@@ -1,0 +1,7 @@
+"""Rows or lines to records to batches: what a recipe imports."""
+
+from .prepare import prepare
+from .records import Records, load_records
+from .sources import load_rows
+
+__all__ = ["Records", "load_records", "load_rows", "prepare"]

@@ -16,7 +16,6 @@ from .images import load_images
 from .records import to_messages
 
 IGNORED = -100
-IMAGE_INPUTS = ("pixel_values", "crop_levels", "level_values")
 
 
 class TrainingCollator:
@@ -24,32 +23,41 @@ class TrainingCollator:
     Records to a training batch, padded on the right.
 
     Where the samples are lists of records (see `packing.py`), all of them become one row without
-    padding: `position_ids` (1, s) start again with every record and stand in for the mask, since
-    attention then stays inside a record.
+    padding: `position_ids` (1, s) start again with every record, and attention then stays inside a
+    record. Otherwise there is no mask either: no token sees the padding to its right, and its
+    labels are -100. So attention can take its fastest kernel.
+
+    Args:
+        blank_image: give a batch without images one of size 0 x 0, which takes no tokens: for
+            several processes that train together, see `Phi3VImageEmbedding`.
+        for_trainer: add `ids` and `lengths`, which have to be taken out before the model is called.
 
     Returns of each call:
-        `input_ids`, `attention_mask`, `labels`: (b, s). Labels are the ids of every assistant turn,
-            its end included, and -100 elsewhere. The mask comes from lengths: the trained
-            <|endoftext|>, which is the padding token as well, is attended to.
-        `pixel_values`: (n, 1, 3, 336, 336), `crop_levels`: (crops, 3, 336, 336) uint8,
-            `level_values`: (3, 256) and `image_sizes`: (n, 2) of all records' images, if there are
-            any. The model joins them, see `join_crops`: workers hand over bytes, and no padding.
-        `ids`: those of the records, where `with_ids` is set; `LossWatch` takes them out again
-            before the model is called.
+        `input_ids`, `labels`: (b, s). Labels are the ids of every assistant turn, its end included,
+            and -100 elsewhere.
+        `logits_to_keep`, `shift_labels`: (b, s) bool, where the next token has a label, and these
+            labels, (labels,). With them the model computes its logits there alone.
+        `pixel_values`: (n, num_crops + 1, 3, 336, 336) and `image_sizes`: (n, 2) of all records'
+            images, if there are any.
+        `ids`, `lengths`: lists of the records' ids and of their numbers of tokens, padding
+            excluded, in their order.
     """
 
-    def __init__(self, processor: Phi3VProcessor, with_ids: bool = False):
+    def __init__(
+        self, processor: Phi3VProcessor, blank_image: bool = False, for_trainer: bool = False
+    ):
         self.processor = processor
-        self.with_ids = with_ids
+        self.blank_image = blank_image
+        self.for_trainer = for_trainer
         self.assistant, self.user = processor.tokenizer.convert_tokens_to_ids(
             ["<|assistant|>", "<|user|>"]
         )
 
-    def __call__(self, records: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
+    def __call__(self, records: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor | list]:
         packed = isinstance(records[0], list)
         if packed:
             records = [record for pack in records for record in pack]
-        prompts, extra = encode_prompts(self.processor, records)
+        prompts, batch = encode_prompts(self.processor, records, self.blank_image)
         answers = self.processor.tokenizer(
             [
                 f"{record['conversations'][-1]['assistant']}<|end|>\n<|endoftext|>"
@@ -62,22 +70,19 @@ class TrainingCollator:
             self._earlier_answers(prompt) + answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        if self.with_ids:
-            extra["ids"] = [record["id"] for record in records]
         if packed:
-            positions = [range(len(row)) for row in ids]
-            return {
-                "input_ids": _join(ids),
-                "position_ids": _join(positions),
-                "labels": _join(labels),
-                **extra,
-            }
-        return {
-            "input_ids": _pad(ids, self.processor.tokenizer.pad_token_id, "right"),
-            "attention_mask": _pad([[1] * len(row) for row in ids], 0, "right"),
-            "labels": _pad(labels, IGNORED, "right"),
-            **extra,
-        }
+            batch["input_ids"], batch["labels"] = _join(ids), _join(labels)
+            batch["position_ids"] = _join([range(len(row)) for row in ids])
+        else:
+            batch["input_ids"] = _pad(ids, self.processor.tokenizer.pad_token_id, "right")
+            batch["labels"] = _pad(labels, IGNORED, "right")
+        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        batch["logits_to_keep"] = shifted != IGNORED
+        batch["shift_labels"] = shifted[batch["logits_to_keep"]]
+        if self.for_trainer:
+            batch["ids"] = [record["id"] for record in records]
+            batch["lengths"] = [len(row) for row in ids]
+        return batch
 
     def _earlier_answers(self, prompt: list[int]) -> list[int]:
         """Labels of a prompt: what stands between <|assistant|> and the next <|user|>."""
@@ -93,16 +98,20 @@ class GenerationCollator:
     """
     Records to a batch of prompts without their last answer, padded on the left.
 
+    Args:
+        blank_image: as in [`TrainingCollator`]. Under ZeRO-3, processes that generate together
+            need it too.
+
     Returns of each call:
-        `input_ids`, `attention_mask`: (b, s); the images as in [`TrainingCollator`], to be joined
-            before `generate`.
+        `input_ids`, `attention_mask`: (b, s); the images as in [`TrainingCollator`].
     """
 
-    def __init__(self, processor: Phi3VProcessor):
+    def __init__(self, processor: Phi3VProcessor, blank_image: bool = False):
         self.processor = processor
+        self.blank_image = blank_image
 
     def __call__(self, records: list[dict]) -> dict[str, torch.Tensor]:
-        prompts, image_inputs = encode_prompts(self.processor, records)
+        prompts, image_inputs = encode_prompts(self.processor, records, self.blank_image)
         return {
             "input_ids": _pad(prompts, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": _pad([[1] * len(row) for row in prompts], 0, "left"),
@@ -111,20 +120,26 @@ class GenerationCollator:
 
 
 def encode_prompts(
-    processor: Phi3VProcessor, records: list[dict]
+    processor: Phi3VProcessor, records: list[dict], blank_image: bool = False
 ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     """
     The ids of every record up to its last question, generation prompt included, and the images of
-    them all.
+    them all, or where there are none, a blank one if asked for.
     """
     prompts = processor.tokenizer.apply_chat_template(
         [to_messages(record)[:-1] for record in records], tokenize=False, add_generation_prompt=True
     )
     images = [load_images(record, processor.image_processor) for record in records]
-    encoded = processor(prompts, images, return_tensors=None, as_levels=True)
-    image_inputs = {name: encoded[name] for name in IMAGE_INPUTS if name in encoded}
-    if image_inputs:
+    encoded = processor(prompts, images, return_tensors=None)
+    image_inputs = {}
+    if "pixel_values" in encoded:
+        image_inputs["pixel_values"] = encoded["pixel_values"]
         image_inputs["image_sizes"] = torch.tensor(encoded["image_sizes"])
+    elif blank_image:
+        size = processor.image_processor.crop_size
+        shape = (1, 1, 3, size["height"], size["width"])
+        image_inputs["pixel_values"] = torch.zeros(shape)
+        image_inputs["image_sizes"] = torch.zeros(1, 2, dtype=torch.long)
     return encoded["input_ids"], image_inputs
 
 

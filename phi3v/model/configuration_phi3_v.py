@@ -26,9 +26,10 @@ class Phi3VConfig(Phi3Config):
 
     Args:
         img_processor (`dict`, *optional*):
-            The vision tower. `num_img_tokens` is the number of tokens of one crop, without
-            separators. `clip_config`, absent in the published checkpoints, holds arguments of
-            [`CLIPVisionConfig`] and sizes the tower; without it, it is CLIP ViT-L/14 at 336 pixels.
+            The vision tower, as the official config describes it. `num_img_tokens` is the number of
+            tokens of one crop, without separators. `clip_config`, absent in the published
+            checkpoints, holds arguments of [`CLIPVisionConfig`] for a tower of another size than
+            CLIP ViT-L/14 at 336 pixels. `vision_config` is made from it.
         embd_layer (`dict`, *optional*):
             How crops become tokens. Only the layout of Phi-3-vision and Phi-3.5-vision exists: HD
             transform, learnable separators, local crops before the global one.
@@ -38,6 +39,7 @@ class Phi3VConfig(Phi3Config):
     """
 
     model_type = "phi3_v"
+    sub_configs = {"vision_config": CLIPVisionConfig}
 
     max_position_embeddings: int = 131072
     sliding_window: int | None = 262144
@@ -70,19 +72,18 @@ class Phi3VConfig(Phi3Config):
             "with_learnable_separator": True,
             **(self.embd_layer or {}),
         }
+        clip_config = self.img_processor.get("clip_config") or CLIP_VIT_LARGE_PATCH14_336
+        self.vision_config = CLIPVisionConfig(**clip_config)
         super().__post_init__(**kwargs)
         if self.rope_parameters["rope_type"] == "longrope":
             # Stated, because transformers warns where it has to derive it.
             extension = self.max_position_embeddings / self.original_max_position_embeddings
             self.rope_parameters.setdefault("factor", extension)
 
-    def get_vision_config(self) -> CLIPVisionConfig:
-        """The vision tower's configuration, with this configuration's attention implementation."""
-        clip_config = self.img_processor.get("clip_config") or CLIP_VIT_LARGE_PATCH14_336
-        return CLIPVisionConfig(**clip_config, attn_implementation=self._attn_implementation)
-
     def to_dict(self) -> dict:
         output = super().to_dict()
+        # `img_processor` says it in the official form, and nothing but that form is written.
+        output.pop("vision_config", None)
         rope = output.get("rope_parameters") or {}
         if rope.get("rope_type") == "longrope":
             # Older stacks and other engines know only this form, and insist on these three fields.

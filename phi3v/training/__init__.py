@@ -1,0 +1,15 @@
+"""Flags to a trained folder: what a recipe imports."""
+
+from .arguments import RecipeParser
+from .launch import training_arguments
+from .loading import load_model, load_processor
+from .trainer import Phi3VTrainer, Result
+
+__all__ = [
+    "Phi3VTrainer",
+    "RecipeParser",
+    "Result",
+    "load_model",
+    "load_processor",
+    "training_arguments",
+]

@@ -1,45 +1,33 @@
 """The command line that all recipes share."""
 
 import argparse
+import difflib
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from ..distributed import world_size
 from ..errors import prints_failures, record_failure
 
-TORCHRUN_NUMBERS = (
-    *("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"),
-    "TORCHELASTIC_RESTART_COUNT",
-)
-LARGE = 2**31 - 1  # more than anything is counted to here
-# The least and the largest value of numeric flags, those of single recipes included.
-RANGES = {
-    "num_crops": (1, 16),
-    "batch_size": (1, LARGE),
-    "batch_size_per_gpu": (1, LARGE),
-    "eval_batch_size_per_gpu": (1, LARGE),
-    "max_new_tokens": (1, LARGE),
-    "save_total_limit": (1, LARGE),
-    "max_length": (1, LARGE),
-    "pack_length": (1, LARGE),
-    "eval_steps": (1, LARGE),
-    "save_steps": (1, LARGE),
-    "num_eval_rows": (1, LARGE),
-    "lora_rank": (1, 65_536),
-    "lora_alpha_ratio": (0, 65_536),
-    "lora_dropout": (0, 1),
-    "dataloader_num_workers": (0, 1024),
-    "num_train_epochs": (0, 1_000_000),
-    "learning_rate": (0, 1000),
-    "vision_learning_rate": (0, 1000),
-    "projector_learning_rate": (0, 1000),
-    "wd": (0, 1000),
-    "seed": (0, 2**32 - 1),
+# Fields of TrainingArguments that a flag of the recipe decides, which each has another name.
+DECIDED_BY = {
+    "per_device_train_batch_size": "--batch_size_per_gpu",
+    "gradient_accumulation_steps": "--batch_size",
+    "per_device_eval_batch_size": "--eval_batch_size_per_gpu",
+    "auto_find_batch_size": "--batch_size_per_gpu",
+    "weight_decay": "--wd",
+    "disable_tqdm": "--no-tqdm",
+    "fp16": "the absence of --bf16",
+    "use_cpu": "whether there is a GPU",
+    "remove_unused_columns": "the recipe's collator",
+    "label_names": "the recipe's collator",
+    "use_liger_kernel": "--use_liger",
+    "fsdp": "--deepspeed",
 }
 
 
@@ -50,9 +38,104 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParser:
-    """A parser with the flags of every recipe; `num_crops` is the recipe's own default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+def number(kind: type, low: float, high: float = math.inf, open: bool = False) -> Callable:
+    """
+    An argument's type: an int or float from `low` to `high`, without `low` itself where `open`.
+    """
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not (low < value or (value == low and not open)) or value > high:
+            wanted = f"above {low:g}" if open else f"at least {low:g}"
+            wanted += f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
+    return parse
+
+
+COUNT = number(int, 1, 2**31 - 1)
+RATE = number(float, 0)
+
+
+class RecipeParser(argparse.ArgumentParser):
+    """
+    A parser with the flags of every recipe. A recipe adds its own.
+
+    Any other argument of transformers' TrainingArguments is a flag too, see `training_arguments`.
+
+    Args:
+        description: the script's docstring.
+        num_crops: the recipe's default of `--num_crops`.
+    """
+
+    def __init__(self, description: str, num_crops: int = 16):
+        # Abbreviated, a flag of ours would hide one of TrainingArguments.
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        _add_flags(self, num_crops)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """
+        Parse, apply what a flag implies, and check what can be checked before anything is loaded.
+
+        Exits with status 2 and a message that names the flag to change, as argparse does.
+
+        Returns:
+            The flags, and as `others` the fields of TrainingArguments that were given besides.
+        """
+        found, rest = self.parse_known_args(args, namespace)
+        others = self._transformers_parser()
+        others.error = self.error
+        passed, unknown = others.parse_known_args(rest)
+        if unknown:
+            self.error(self._what_is_unknown(unknown[0], others))
+        found.others = vars(passed)
+        for name in found.others:
+            if name in DECIDED_BY:
+                self.error(f"--{name} is decided by {DECIDED_BY[name]}.")
+            if hasattr(found, name):
+                self.error(f"--{name.replace('_', '-')} is written --{name} here.")
+        found.use_lora = found.use_lora or found.use_qlora
+        found.bf16 = found.bf16 or found.use_flash_attention
+        try:
+            problem = next(_problems(found), None)
+        except ValueError as error:  # of WORLD_SIZE and its like
+            problem = f"the environment is not what torchrun sets: {error}"
+        if problem:
+            self.error(problem)
+        return found
+
+    def _transformers_parser(self) -> argparse.ArgumentParser:
+        """Reads fields of TrainingArguments; those that are not given are not in the result."""
+        parser = HfArgumentParser(TrainingArguments, add_help=False, allow_abbrev=False)
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+            if action.dest in DECIDED_BY or f"--{action.dest}" in self._option_string_actions:
+                action.help = argparse.SUPPRESS
+        return parser
+
+    def _what_is_unknown(self, word: str, others: argparse.ArgumentParser) -> str:
+        flag = word.partition("=")[0]
+        known = [*self._option_string_actions, *others._option_string_actions]
+        close = difflib.get_close_matches(flag, known, n=1)
+        return f"unrecognized argument: {word}" + (f". Did you mean {close[0]}?" if close else "")
+
+    def error(self, message: str):
+        # Every rank finds the same mistake. One says it; torchrun shows it once more, last.
+        record_failure(message)
+        self.exit(2, f"{self.prog}: error: {message}\n" if prints_failures() else None)
+
+    def format_help(self) -> str:
+        others = self._transformers_parser()
+        others.usage = argparse.SUPPRESS
+        title = "Any other argument of transformers' TrainingArguments works as well:"
+        return f"{super().format_help()}\n{title}\n{others.format_help()}"
+
+
+def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model_name_or_path",
@@ -61,7 +144,7 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--num_crops",
-        type=int,
+        type=number(int, 1, 16),
         default=num_crops,
         help="most HD crops an image is cut into, 1 to 16",
     )
@@ -90,14 +173,21 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     group.add_argument(
         "--use_qlora", action="store_true", help="LoRA on a 4-bit NF4 model; implies --use_lora"
     )
-    group.add_argument("--lora_rank", type=int, default=64, help="rank of the adapters")
     group.add_argument(
-        "--lora_alpha_ratio", type=float, default=2, help="LoRA's alpha = rank x ratio"
+        "--lora_rank", type=number(int, 1, 65_536), default=64, help="rank of the adapters"
     )
     group.add_argument(
-        "--lora_dropout", type=float, default=0.0, help="dropout before the adapters"
+        "--lora_alpha_ratio",
+        type=number(float, 0, 65_536, open=True),
+        default=2,
+        help="LoRA's alpha = rank x ratio",
     )
-
+    group.add_argument(
+        "--lora_dropout",
+        type=number(float, 0, 0.999),
+        default=0.0,
+        help="dropout before the adapters",
+    )
     group.add_argument(
         "--merge_lora",
         action="store_true",
@@ -113,24 +203,24 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--batch_size",
-        type=int,
+        type=COUNT,
         default=16,
         help="effective batch size, over all GPUs and accumulation steps",
     )
     group.add_argument(
         "--batch_size_per_gpu",
-        type=int,
+        type=COUNT,
         default=1,
         help="micro batch; --batch_size must be divisible by GPUs x this",
     )
     group.add_argument(
         "--max_length",
-        type=int,
-        help="leave out samples of more tokens, images included, and say how many; none is cut",
+        type=COUNT,
+        help="omit samples of more tokens, images included, and say how many; none is cut",
     )
     group.add_argument(
         "--pack_length",
-        type=int,
+        type=COUNT,
         help="let short samples share a row of at most so many tokens, without padding and without "
         "seeing each other; a batch then counts rows",
     )
@@ -147,18 +237,30 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
         help="compute activations again in the backward pass instead of keeping them: saves "
         "memory, costs a second forward pass of each layer",
     )
-    group.add_argument("--num_train_epochs", type=float, default=1, help="passes over the data")
-    group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate")
     group.add_argument(
-        "--vision_learning_rate", type=float, help="of CLIP's layers, where it is to be another"
+        "--num_train_epochs",
+        type=number(float, 0, 1_000_000, open=True),
+        default=1,
+        help="passes over the data",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=number(float, 0, open=True),
+        default=4e-5,
+        help="peak learning rate",
+    )
+    group.add_argument(
+        "--vision_learning_rate", type=RATE, help="of CLIP's layers, if it should differ"
     )
     group.add_argument(
         "--projector_learning_rate",
-        type=float,
-        help="of the projection and the separators, where it is to be another",
+        type=RATE,
+        help="of the projection and the separators, if it should differ",
     )
-    group.add_argument("--wd", type=float, default=0.01, help="weight decay")
-    group.add_argument("--seed", type=int, default=42, help="seed of data order and adapters")
+    group.add_argument("--wd", type=RATE, default=0.01, help="weight decay")
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of data order and adapters"
+    )
     group.add_argument(
         "--deepspeed",
         metavar="FILE",
@@ -167,16 +269,18 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
     )
     group.add_argument(
         "--dataloader_num_workers",
-        type=int,
+        type=number(int, 0, 1024),
         help="processes per GPU that prepare batches (default: 4, and 0 on a machine without GPU)",
     )
     group.add_argument(
         "--save_steps",
-        type=int,
+        type=COUNT,
         help="save a checkpoint every so many steps, from which the run can be resumed (default: "
-        "none but at SIGTERM)",
+        "only at SIGTERM)",
     )
-    group.add_argument("--save_total_limit", type=int, default=2, help="newest checkpoints to keep")
+    group.add_argument(
+        "--save_total_limit", type=COUNT, default=2, help="newest checkpoints to keep"
+    )
     group.add_argument(
         "--resume_from_checkpoint",
         nargs="?",
@@ -196,158 +300,89 @@ def make_parser(description: str, num_crops: int = 16) -> argparse.ArgumentParse
 
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--eval_batch_size_per_gpu", type=int, default=8, help="prompts generated at a time"
+        "--eval_batch_size_per_gpu", type=COUNT, default=8, help="prompts generated at a time"
     )
     group.add_argument(
         "--eval_only", action="store_true", help="evaluate the model into eval_before.json and stop"
     )
     group.add_argument(
-        "--eval_steps", type=int, help="evaluate every so many steps too, into eval_step_<n>.json"
+        "--eval_steps", type=COUNT, help="evaluate every so many steps too, into eval_step_<n>.json"
     )
-    group.add_argument("--max_new_tokens", type=int, default=64, help="longest generated answer")
-    return parser
+    group.add_argument("--max_new_tokens", type=COUNT, default=64, help="longest generated answer")
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None
-) -> argparse.Namespace:
-    """
-    Parse, apply what a flag implies, and check what can be checked before anything is loaded.
-
-    Exits with status 2 and a message that names the flag to change, as argparse does.
-    """
-    args = parser.parse_args(argv)
-    args.use_lora = args.use_lora or args.use_qlora
-    args.bf16 = args.bf16 or args.use_flash_attention
-
-    def refuse(message: str) -> None:
-        # Every rank finds the same mistake. One says it; torchrun shows it once more, last.
-        record_failure(message)
-        if prints_failures():
-            parser.error(message)
-        parser.exit(2)
-
-    check_environment(refuse)
-    check_ranges(args, refuse)
-    check_output_dir(args, refuse)
-    processes = world_size()
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the flags together, or with this machine."""
+    processes, on_gpu = world_size(), torch.cuda.is_available()
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     per_step = processes * args.batch_size_per_gpu
     if args.batch_size % per_step:
-        refuse(
+        yield (
             f"--batch_size {args.batch_size} must be divisible by {processes} processes x "
             f"--batch_size_per_gpu {args.batch_size_per_gpu} = {per_step}."
         )
-    if args.resume_from_checkpoint is not None:
-        for flag in ("eval_only", "overwrite_output_dir"):
-            if getattr(args, flag):
-                refuse(f"--{flag} and --resume_from_checkpoint contradict each other.")
-    if args.merge_lora and not args.use_lora:
-        refuse("--merge_lora needs --use_lora or --use_qlora: without adapters, nothing is merged.")
-    if args.merge_lora and args.eval_only:
-        refuse("--merge_lora has nothing to merge under --eval_only. Give one of the two.")
-    for flag in ("vision_learning_rate", "projector_learning_rate"):
-        if getattr(args, flag) is not None and args.freeze_vision_model:
-            refuse(
-                f"--{flag} has nothing to train under --freeze_vision_model. Give one of the two."
-            )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if torch.cuda.is_available() and 0 < torch.cuda.device_count() < on_node:
-        refuse(
+    anew = args.eval_only or args.overwrite_output_dir
+    if anew and args.resume_from_checkpoint is not None:
+        yield "--resume_from_checkpoint contradicts --eval_only and --overwrite_output_dir."
+    if args.merge_lora and (args.eval_only or not args.use_lora):
+        yield "--merge_lora needs --use_lora or --use_qlora, and a training."
+    if args.freeze_vision_model and (
+        args.vision_learning_rate is not None or args.projector_learning_rate is not None
+    ):
+        yield (
+            "--vision_learning_rate and --projector_learning_rate have nothing to train under "
+            "--freeze_vision_model."
+        )
+    if on_gpu and 0 < torch.cuda.device_count() < on_node:
+        yield (
             f"{on_node} processes were started and {torch.cuda.device_count()} GPUs are visible. "
             f"Start torchrun with --nproc_per_node={torch.cuda.device_count()}."
         )
-    if args.use_flash_attention and not torch.cuda.is_available():
-        refuse("--use_flash_attention needs a GPU, and none is visible. Without it, sdpa is used.")
+    for flag in ("use_flash_attention", "use_liger"):
+        if getattr(args, flag) and not on_gpu:
+            yield f"--{flag} needs a GPU, and none is visible. Drop the flag."
     if args.use_flash_attention and not is_flash_attn_2_available():
-        refuse(
+        yield (
             "--use_flash_attention needs the package flash-attn: pip install flash-attn "
             "--no-build-isolation. Without the flag, sdpa is used."
         )
-    if args.use_liger and not torch.cuda.is_available():
-        refuse("--use_liger needs a GPU, and none is visible. Leave it away.")
     if args.use_liger and not is_liger_kernel_available():
-        refuse("--use_liger needs the package liger-kernel: pip install liger-kernel")
+        yield "--use_liger needs the package liger-kernel: pip install liger-kernel"
     if args.torch_compile and not _compiler():
-        refuse(
+        yield (
             "--torch_compile needs a C++ compiler, and neither $CXX, g++ nor clang++ is found. "
-            "Install one (apt-get install g++), or leave the flag away."
+            "Install one (apt-get install g++), or drop the flag."
         )
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    if args.bf16 and capability and capability < (8, 0):
-        refuse(
-            f"--bf16 needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}. Leave away "
-            "--bf16 and --use_flash_attention: fp16 mixed precision is the default."
+    if args.bf16 and on_gpu and torch.cuda.get_device_capability() < (8, 0):
+        yield (
+            f"--bf16 needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}. Drop --bf16 "
+            "and --use_flash_attention: fp16 mixed precision is the default."
         )
-    if args.use_qlora and capability and capability < (7, 5):
-        refuse(
+    if args.use_qlora and on_gpu and torch.cuda.get_device_capability() < (7, 5):
+        yield (
             f"--use_qlora needs a Turing GPU or newer, not {torch.cuda.get_device_name()}. Use "
             "--use_lora."
         )
-    return args
+    if problem := _output_problem(args.output_dir, args.model_name_or_path):
+        yield problem
 
 
-def check_environment(refuse: Callable[[str], None]) -> None:
-    """Look at what torchrun sets, where somebody else set it."""
-    numbers = {}
-    for name in TORCHRUN_NUMBERS:
-        text = os.environ.get(name)
-        if text is not None and not (text.isascii() and text.isdecimal()):
-            refuse(
-                f"the environment variable {name} is {text!r}, not a number. Start with torchrun."
-            )
-        numbers[name] = int(text) if text is not None else None
-    processes, rank = numbers["WORLD_SIZE"], numbers["RANK"] or 0
-    on_node, port = numbers["LOCAL_WORLD_SIZE"], numbers["MASTER_PORT"] or 0
-    if 0 in (processes, on_node) or rank >= (processes or LARGE) or port > 65_535:
-        found = {name: number for name, number in numbers.items() if number is not None}
-        refuse(f"the environment has {found}, which cannot be. Start with torchrun.")
-    needed = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if not os.environ.get(name)]
-    if missing and (numbers["LOCAL_RANK"] is not None or (processes or 1) > 1):
-        refuse(
-            f"the environment is one of several processes, without {missing[0]}. Start with "
-            "torchrun."
-        )
-
-
-def check_ranges(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuse numbers that cannot be meant, NaN and infinity among them."""
-    for flag, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(f"--{flag} must be a finite number, not {value}.")
-        low, high = RANGES.get(flag, (-math.inf, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:
-            wanted = f"{low:g} to {high:g}"
-            if high >= LARGE:
-                wanted = f"at least {low:g}" if value < low else f"at most {high:,}"
-            refuse(f"--{flag} must be {wanted}, not {value}.")
-    for flag in ("num_train_epochs", "learning_rate", "lora_alpha_ratio"):
-        if getattr(args, flag) == 0:
-            refuse(f"--{flag} must be above 0, not {getattr(args, flag)}.")
-    if args.lora_dropout == 1:
-        refuse("--lora_dropout must be below 1, not 1: the adapters would see nothing.")
-
-
-def check_output_dir(args: argparse.Namespace, refuse: Callable[[str], None]) -> None:
-    """Refuse to write where the model is read from, whatever the path that leads there."""
-    try:
-        args.output_dir.encode()
-    except UnicodeEncodeError:
-        refuse(f"--output_dir {args.output_dir!r} is no UTF-8, which libraries cannot write to.")
-    if not args.output_dir:
-        refuse("--output_dir is empty. Give a folder.")
-    folder, output = args.model_name_or_path, os.path.join(os.path.realpath(args.output_dir), "")
-    if not os.path.isdir(folder):
-        return  # a hub id
-    model = os.path.join(os.path.realpath(folder), "")
+def _output_problem(output_dir: str, model: str) -> str | None:
+    """Why nothing can be written there. The model may lie there, whatever path leads to it."""
+    if not output_dir or not output_dir.isprintable():
+        return f"--output_dir {output_dir!r} is no name for a folder."
+    if not os.path.isdir(model):
+        return None  # a hub id
+    output, folder = (os.path.join(os.path.realpath(path), "") for path in (output_dir, model))
     # Its files may be links.
-    places = [model, *(os.path.realpath(entry.path) for entry in os.scandir(folder))]
-    is_its_checkpoint = output.startswith(f"{model}checkpoint-")
+    places = [folder, *(os.path.realpath(entry.path) for entry in os.scandir(model))]
+    is_its_checkpoint = output.startswith(f"{folder}checkpoint-")
     if is_its_checkpoint or any(place.startswith(output) for place in places):
-        refuse(
-            f"--output_dir {args.output_dir} is where --model_name_or_path {folder} lies, which "
-            "would be overwritten. Choose another folder."
+        return (
+            f"--output_dir {output_dir} is where --model_name_or_path {model} lies, which would be "
+            "overwritten. Choose another folder."
         )
+    return None
 
 
 def _compiler() -> str | None:

@@ -1,5 +1,5 @@
 """
-Checkpoints that can be trusted: what a run may resume from, and when it has to stop.
+Checkpoints that can be trusted: what a run may resume from, and what it may replace.
 
 The Trainer writes a checkpoint's files one after the other into their final folder. Here a
 checkpoint counts only once `complete.json` is in it, which is written last and lists all files with
@@ -16,33 +16,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainingArguments
 
 from ..data.images import undecoded
-from ..distributed import on_first_rank, print_first, world_size
-from ..errors import RunError, record_failure
-from ..model.processing_phi3_v import Phi3VProcessor
-from . import stopping
-from .output_folder import COMPLETE, MODE, OutputFolder, identity, incompleteness
-from .training import deepspeed_path, merge_adapter, merged_dtype
+from ..distributed import on_first_rank, print_first
+from ..errors import RunError, phase
+from .arguments import RecipeParser
+from .merging import merge_adapter, merged_dtype
+from .output_folder import COMPLETE, OutputFolder, incompleteness
 
 FINGERPRINT_SAMPLES = 1000
 
-# Flags that change neither the trained weights nor the order of the samples. Where the data lies is
-# among them: a fingerprint tells whether they are the same data.
+# Flags of all recipes that change neither the trained weights nor the order of the samples. Those of
+# single recipes say where the data lies; a fingerprint tells whether they are the same data.
 HARMLESS = {
-    *("output_dir", "tqdm", "dataloader_num_workers", "merge_lora"),
-    *("data_dir", "dataset_name_or_path", "full_train", "num_eval_rows", "skip_bad_samples"),
-    *("eval_dataset_name_or_path", "eval_file", "eval_split", "eval_only", "eval_steps"),
-    *("eval_batch_size_per_gpu", "max_new_tokens"),
+    *("output_dir", "tqdm", "dataloader_num_workers", "merge_lora", "skip_bad_samples"),
+    *("eval_only", "eval_steps", "eval_batch_size_per_gpu", "max_new_tokens"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "deepspeed"),
 }
+# And what the weights depend on besides flags.
+TRAINING_ARGUMENTS = (
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "data_seed"),
+    *("neftune_noise_alpha", "label_smoothing_factor", "train_sampling_strategy"),
+)
+DATA = "training data"
 
 
-def find_checkpoint(args: argparse.Namespace, settings: dict[str, object]) -> str | None:
+def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) -> str | None:
     """
     The checkpoint to resume from, or None to start anew. Nothing is removed yet.
 
@@ -50,15 +53,25 @@ def find_checkpoint(args: argparse.Namespace, settings: dict[str, object]) -> st
     where there is none, so that the same command starts and restarts a run. With a path it takes
     that one. The process ends here, with status 0, where the run is finished already.
 
-    Args:
-        settings: of this run, see `run_settings`.
-
     Raises:
         RunError: the checkpoint is not complete, or settings that change the result are others than
             those of its run; or a new run would mix with what the output folder holds; or another
             run is writing there.
     """
-    finished, checkpoint = on_first_rank(lambda: _choose(args, settings))
+    folder, settings = OutputFolder(args.output_dir), run_settings(args, training_args)
+
+    def choose() -> tuple[bool, str | None]:
+        with phase(f"--output_dir {args.output_dir}"):
+            finished, checkpoint, notes = _look(args, folder, settings)
+            if not finished:
+                # Only now is anything written; a run that had the lock may have ended meanwhile.
+                folder.lock()
+                finished, checkpoint, notes = _look(args, folder, settings)
+        for note in notes:
+            print_first(note)
+        return finished, checkpoint
+
+    finished, checkpoint = on_first_rank(choose)
     if finished:
         print_first(f"{args.output_dir} holds this run, and it is finished: nothing is left to do.")
         if args.merge_lora:
@@ -69,35 +82,17 @@ def find_checkpoint(args: argparse.Namespace, settings: dict[str, object]) -> st
     return checkpoint
 
 
-def _choose(args: argparse.Namespace, settings: dict[str, object]) -> tuple[bool, str | None]:
-    """Whether the run is finished, and the checkpoint that it goes on from. For the first rank."""
-    folder = OutputFolder(args.output_dir)
-    try:
-        finished, checkpoint, notes = _look(args, folder, settings)
-        if not finished:
-            # Only now is anything written; and a run that had the lock may have ended meanwhile.
-            folder.lock()
-            finished, checkpoint, notes = _look(args, folder, settings)
-    except OSError as error:
-        raise RunError(
-            f"--output_dir {folder.path}: {error.strerror or error}. Choose another folder."
-        ) from None
-    for note in notes:
-        print_first(note)
-    return finished, checkpoint
-
-
 def _look(
     args: argparse.Namespace, folder: OutputFolder, settings: dict[str, object]
 ) -> tuple[bool, str | None, list[str]]:
-    """As `_choose`, and what to say. Nothing is written."""
+    """Whether the run is finished, the checkpoint that it goes on from, and what to say."""
     if args.resume_from_checkpoint is None:
         _refuse_results(args, folder, folder.results())
         return False, None, []
     record, given = folder.record, args.resume_from_checkpoint
     inside = not given or Path(given).resolve().is_relative_to(folder.path.resolve())
-    if record["finished"] and inside:
-        _check_settings(f"{folder.path} holds a finished run", record["settings"], settings)
+    if folder.finished and inside:
+        check_settings(f"{folder.path} holds a finished run", record["settings"], settings)
         return True, None, []
     notes = []
     whole = [path for path in folder.checkpoints() if not incompleteness(path)]
@@ -113,7 +108,7 @@ def _look(
                 f"--resume_from_checkpoint {checkpoint}: {problem}. Without a path, the newest "
                 "complete checkpoint of --output_dir is taken."
             )
-        if not inside and record["settings"] != settings:
+        if not inside and _differences(record["settings"] or {}, settings):
             _refuse_results(args, folder, folder.results())
     elif whole:
         checkpoint = whole[-1]
@@ -128,9 +123,9 @@ def _look(
         ours = {*record["files"], *record["checkpoints"]}
         _refuse_results(args, folder, [p for p in folder.results() if p.name not in ours])
         if record["settings"] is not None:
-            _check_settings(f"{folder.path} holds a run", record["settings"], settings)
+            check_settings(f"{folder.path} holds a run", record["settings"], settings)
         return False, None, [f"{folder.path} holds no complete checkpoint: the run starts anew"]
-    _check_settings(f"{checkpoint} comes from a run", _settings_of(checkpoint), settings)
+    check_settings(f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings)
     return False, str(checkpoint), notes
 
 
@@ -148,14 +143,53 @@ def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[P
         )
 
 
-def run_settings(args: argparse.Namespace, train_dataset: Sequence) -> dict[str, object]:
-    """All that the trained weights depend on, as JSON has it."""
-    settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
-    path = deepspeed_path(args)
-    settings["deepspeed"] = json.loads(path.read_text(encoding="utf-8")) if path else None
-    settings["processes"] = world_size()
-    settings["training data"] = fingerprint(train_dataset)
+def run_settings(
+    args: argparse.Namespace, training_args: TrainingArguments
+) -> dict[str, object]:
+    """All that the trained weights depend on, but for the data, as JSON has it."""
+    shared = vars(RecipeParser("").parse_known_args([])[0]).keys() - HARMLESS
+    settings = {name: getattr(args, name) for name in shared}
+    settings |= {name: getattr(training_args, name) for name in TRAINING_ARGUMENTS}
+    path = training_args.deepspeed
+    settings["deepspeed"] = json.loads(Path(path).read_text("utf-8")) if path else None
+    settings["processes"] = training_args.world_size
     return json.loads(json.dumps(settings))
+
+
+def take_over(
+    args: argparse.Namespace,
+    training_args: TrainingArguments,
+    model: torch.nn.Module,
+    train_dataset: Sequence,
+) -> dict[str, object]:
+    """
+    Give the output folder to this run, whose model and data are loaded. On all ranks.
+
+    Only now is the earlier run removed that --overwrite_output_dir replaces.
+
+    Returns:
+        The settings of the run, its data among them.
+
+    Raises:
+        RunError: the data is not that of the checkpoint; or the disk cannot hold what the run will
+            write.
+    """
+    settings = {**run_settings(args, training_args), DATA: fingerprint(train_dataset)}
+    folder, checkpoint = OutputFolder(args.output_dir), training_args.resume_from_checkpoint
+
+    def take() -> None:
+        if checkpoint:
+            check_settings(f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings)
+        elif args.resume_from_checkpoint is not None and folder.record["settings"] is not None:
+            check_settings(f"{folder.path} holds a run", folder.record["settings"], settings)
+        with phase(f"--output_dir {args.output_dir}"):
+            _check_free_space(args, training_args, model, folder)
+            if args.overwrite_output_dir:
+                folder.remove_run()
+            folder.take_over(settings, resumes=args.resume_from_checkpoint is not None)
+
+    on_first_rank(take)
+    return settings
 
 
 def fingerprint(dataset: Sequence) -> str:
@@ -190,17 +224,42 @@ def _settings_of(checkpoint: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def _check_settings(where: str, theirs: dict, ours: dict[str, object]) -> None:
-    differences = [
-        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if differences:
+def check_settings(where: str, theirs: dict | None, ours: dict[str, object]) -> None:
+    """Raise RunError where `theirs` differ from `ours`. Without data in `ours`, it is not asked."""
+    if differences := _differences(theirs or {}, ours):
         raise RunError(
             f"{where} with other settings, and this one would end with other weights: "
             f"{'; '.join(differences)}. Resume with the settings of its run, or start a new run in "
             "another --output_dir."
+        )
+
+
+def _differences(theirs: dict, ours: dict[str, object]) -> list[str]:
+    names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys())
+    return [
+        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
+        for name in sorted(names)
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _check_free_space(
+    args: argparse.Namespace,
+    training_args: TrainingArguments,
+    model: torch.nn.Module,
+    folder: OutputFolder,
+) -> None:
+    saves = training_args.save_strategy != "no"
+    count = args.save_total_limit + 1 if saves else 0  # one is being written
+    needed = bytes_to_write(model, args, count, training_args.deepspeed is not None)
+    free = shutil.disk_usage(folder.path).free
+    if args.overwrite_output_dir:
+        free += folder.size()
+    if free < needed:
+        raise RunError(
+            f"--output_dir {folder.path}: the run will write up to {needed / 1e9:,.1f} GB, and the "
+            f"disk has {free / 1e9:,.1f} GB free. Free some, lower --save_total_limit, or choose a "
+            "folder on another disk."
         )
 
 
@@ -226,122 +285,3 @@ def bytes_to_write(
     state = weights + 12 * trained if deepspeed else 8 * trained
     merged = args.merge_lora * sum(sizes.values()) * merged_dtype(args).itemsize
     return weights + num_checkpoints * (weights + state) + merged
-
-
-class CheckpointCallback(TrainerCallback):
-    """
-    Takes the output folder over for this run, makes the Trainer's checkpoints complete, deletes
-    older ones, and answers SIGTERM.
-
-    After SIGTERM, to any rank, all ranks finish the same step, save a checkpoint, and exit with
-    status `stopping.STOPPED`.
-    """
-
-    def __init__(
-        self, args: argparse.Namespace, processor: Phi3VProcessor, settings: dict[str, object]
-    ):
-        self.args = args
-        self.folder = OutputFolder(args.output_dir)
-        self.processor = processor
-        self.settings = settings
-        self.stopping = False
-
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        # Model and data are loaded: only now is an earlier run replaced.
-        if not state.is_world_process_zero or self.args.eval_only:
-            return
-        saves = args.save_strategy != "no"
-        self._check_free_space(model, saves, args.deepspeed is not None)
-        folder = self.folder
-        if self.args.overwrite_output_dir:
-            folder.remove_run()
-        known = {*folder.record["checkpoints"]}
-        if self.args.resume_from_checkpoint is not None:
-            # What can be resumed from is this run's, whatever became of the record.
-            known |= {path.name for path in folder.checkpoints() if not incompleteness(path)}
-        folder.update(settings=self.settings, finished=False, checkpoints=sorted(known))
-
-    def _check_free_space(self, model: torch.nn.Module, saves: bool, deepspeed: bool) -> None:
-        """Raise RunError where the disk cannot hold what the run will write."""
-        count = self.args.save_total_limit + 1 if saves else 0  # one is being written
-        needed = bytes_to_write(model, self.args, count, deepspeed)
-        folder = self.folder.path.absolute()
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if self.args.overwrite_output_dir:
-            free += self.folder.size()
-        if free < needed:
-            raise RunError(
-                f"--output_dir {self.folder.path}: the run will write up to {needed / 1e9:,.1f} "
-                f"GB, and the disk has {free / 1e9:,.1f} GB free. Free some, lower "
-                "--save_total_limit, or choose a folder on another disk."
-            )
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # A group of its own on the CPU: asking whether to stop never waits for a GPU.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        stopping.listen()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        # Ranks get the signal at different times, but have to stop at one step. They agree while
-        # the step is computed.
-        self.flag = torch.tensor([int(stopping.received())])
-        if self.group is not None:
-            self.agreement = dist.all_reduce(
-                self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.group is not None:
-            self.agreement.wait()
-        if self.flag.item():
-            self.stop(state, control)
-        elif control.should_save:
-            self._begin(state)
-
-    def stop(self, state: TrainerState, control) -> None:
-        """At the end of a step, on every rank: save a checkpoint, and stop."""
-        self.stopping = control.should_save = control.should_training_stop = True
-        self._begin(state)
-
-    def _begin(self, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            self.folder.begin_checkpoint(_name(state))
-        if self.group is not None:
-            dist.barrier(self.group)
-
-    def on_save(self, args, state, control, **kwargs):
-        checkpoint = self.folder.path / _name(state)
-        if self.group is not None:
-            dist.barrier(self.group)  # every rank has written its part
-        if not state.is_world_process_zero:
-            return
-        self.processor.save_pretrained(checkpoint)
-        files = {}
-        for path in sorted(checkpoint.rglob("*")):
-            if path.is_file():
-                path.chmod(MODE)
-                files[str(path.relative_to(checkpoint))] = identity(path)
-        content = {"step": state.global_step, "settings": self.settings, "files": files}
-        self.folder.complete_checkpoint(checkpoint, content)
-        ours = [self.folder.path / name for name in self.folder.record["checkpoints"]]
-        older = [path for path in self.folder.checkpoints() if path in ours and path != checkpoint]
-        broken = [path for path in older if self.folder.was_interrupted(path)]
-        whole = [path for path in older if not incompleteness(path)]
-        for path in broken + whole[: max(0, len(whole) + 1 - self.args.save_total_limit)]:
-            self.folder.remove_checkpoint(path.name)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.stopping:
-            text = (
-                f"Stopped by SIGTERM after step {state.global_step} of {state.max_steps}; a "
-                "checkpoint is saved. The same command with --resume_from_checkpoint goes on."
-            )
-            print_first(text)
-            record_failure(text)
-            raise stopping.Stopped
-
-
-def _name(state: TrainerState) -> str:
-    """The checkpoint of the current step, as the Trainer names it."""
-    return f"checkpoint-{state.global_step}"

@@ -1,9 +1,9 @@
 """
 The output folder: files that are whole or not there, and the record of what our runs wrote.
 
-The record, `.phi3v/run.json`, has the settings of the folder's run, whether it is finished, and the
-names of its files and checkpoints. Only what it names is ever removed. A file of another origin
-whose name a run needs is kept beside it as `<name>.bak`.
+The record, `.phi3v/run.json`, has the settings of the folder's run and the names of its files and
+checkpoints. Only what it names is ever removed. A file of another origin whose name a run needs is
+kept beside it as `<name>.bak`.
 """
 
 import hashlib
@@ -21,8 +21,9 @@ from ..errors import RunError
 
 COMPLETE = "complete.json"
 OWN = ".phi3v"
+LAST_RESULT = "eval_after.json"  # a run that has written it is finished
 # What shows that a folder holds the results of a run, ours or another.
-RESULTS = ("eval_before.json", "eval_after.json", "eval_step_*.json", "*.safetensors")
+RESULTS = ("eval_before.json", LAST_RESULT, "eval_step_*.json", "*.safetensors")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Seconds. Loader workers of a killed run hold its lock until they notice, after 5 at most.
 PATIENCE = 8.0
@@ -52,8 +53,8 @@ class OutputFolder:
 
     @property
     def record(self) -> dict:
-        """`settings`, `finished`, `files` and `checkpoints`; empty where there is no record."""
-        empty = {"settings": None, "finished": False, "files": [], "checkpoints": []}
+        """`settings`, `files` and `checkpoints`; empty where there is no record."""
+        empty = {"settings": None, "files": [], "checkpoints": []}
         try:
             record = json.loads(self.record_path.read_text("utf-8"))
         except (OSError, ValueError):
@@ -71,21 +72,35 @@ class OutputFolder:
         if name not in names:
             self.update(**{field: [*names, name]})
 
+    @property
+    def finished(self) -> bool:
+        """Whether the folder's run has come to its end."""
+        return LAST_RESULT in self.record["files"] and (self.path / LAST_RESULT).is_file()
+
+    def take_over(self, settings: dict[str, object], resumes: bool) -> None:
+        """
+        Make the folder that of a run with these settings.
+
+        Args:
+            resumes: what can be resumed from is this run's then, whatever became of the record.
+        """
+        known = {*self.record["checkpoints"]}
+        if resumes:
+            known |= {path.name for path in self.checkpoints() if not incompleteness(path)}
+        if LAST_RESULT in self.record["files"]:
+            (self.path / LAST_RESULT).unlink(missing_ok=True)
+        self.update(settings=settings, checkpoints=sorted(known))
+
     def lock(self) -> None:
         """
         Keep other runs out of the folder until this process ends.
 
         Raises:
-            RunError: another run has it, or the folder cannot be written to.
+            RunError: another run has it.
+            OSError: the folder cannot be written to.
         """
-        try:
-            (self.path / OWN).mkdir(parents=True, exist_ok=True)
-            key = str(self.path.resolve())
-        except OSError as error:
-            raise RunError(
-                f"--output_dir {self.path} cannot be written to: {error.strerror}. Choose another "
-                "folder."
-            ) from None
+        (self.path / OWN).mkdir(parents=True, exist_ok=True)
+        key = str(self.path.resolve())
         if key in _locks:
             return
         lock = FileLock(self.path / OWN / "lock", timeout=PATIENCE, fallback_to_soft=False)
@@ -175,9 +190,24 @@ class OutputFolder:
         self.add("checkpoints", name)
         return checkpoint
 
-    def complete_checkpoint(self, checkpoint: Path, content: dict) -> None:
-        """Make a checkpoint count, whose `files` are all written."""
+    def complete_checkpoint(self, name: str, step: int, settings: dict[str, object]) -> None:
+        """Make a checkpoint count, whose files are all written."""
+        checkpoint, files = self.path / name, {}
+        for path in sorted(checkpoint.rglob("*")):
+            if path.is_file():
+                path.chmod(MODE)
+                files[str(path.relative_to(checkpoint))] = identity(path)
+        content = {"step": step, "settings": settings, "files": files}
         _write_json(checkpoint / COMPLETE, content)
+
+    def remove_older_checkpoints(self, newest: str, limit: int, keep: str | None = None) -> None:
+        """Remove our half-written checkpoints, and whole ones beyond `limit`, except for `keep`."""
+        ours = self.record["checkpoints"]
+        older = [p for p in self.checkpoints() if p.name in ours and p.name not in (newest, keep)]
+        broken = [path for path in older if self.was_interrupted(path)]
+        whole = [path for path in older if not incompleteness(path)]
+        for path in broken + whole[: max(0, len(whole) + 1 - limit)]:
+            self.remove_checkpoint(path.name)
 
     def remove_checkpoint(self, name: str) -> None:
         """Remove a checkpoint of ours: the files that it lists; of a half-written one, all."""

@@ -1,45 +1,36 @@
-"""
-SIGTERM: remembered by the rank that gets it, answered by all ranks together.
-
-A run is stopped after a step, or between two batches of an evaluation, with a checkpoint.
-"""
+"""SIGTERM: remembered by the rank that gets it, answered by all ranks together."""
 
 import signal
-from collections.abc import Callable
+from typing import NoReturn
+
+from ..distributed import print_first
+from ..errors import record_failure
 
 STOPPED = 128 + signal.SIGTERM  # the exit status of a run that SIGTERM stopped
 
-
-class Stopped(SystemExit):
-    """This run, on every rank, ends because of SIGTERM."""
-
-    def __init__(self):
-        super().__init__(STOPPED)
-
-
 _received = False
-_previous: signal.Handlers | Callable | None = signal.SIG_DFL
 
 
 def listen() -> None:
-    """From here on, SIGTERM is remembered and does nothing else, until `end`."""
-    global _received, _previous
+    """From here on, SIGTERM is remembered and does nothing else."""
+    global _received
     _received = False
 
     def remember(*_) -> None:
         global _received
         _received = True
 
-    _previous = signal.signal(signal.SIGTERM, remember)
-
-
-def end() -> None:
-    """SIGTERM does again what it did before `listen`."""
-    global _received
-    _received = False
-    signal.signal(signal.SIGTERM, _previous)
+    signal.signal(signal.SIGTERM, remember)
 
 
 def received() -> bool:
     """Whether this rank got SIGTERM since `listen`."""
     return _received
+
+
+def stop(text: str) -> NoReturn:
+    """End the run, on every rank, with status STOPPED."""
+    text += " The same command with --resume_from_checkpoint goes on."
+    print_first(text)
+    record_failure(text)
+    raise SystemExit(STOPPED)

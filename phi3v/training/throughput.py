@@ -1,168 +1,52 @@
-"""How fast a run is: samples and tokens a second, MFU, waiting for data, peak memory."""
+"""How fast a run is: samples and tokens per second, MFU, waiting for data, peak memory."""
 
-import re
+import contextlib
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
-from ..distributed import print_first
-from ..errors import RunError
+from .flops import peak_flops, training_flops
 
 # What is counted in every micro-batch, padding excluded. `pairs` are a query and a key that it
 # attends to; `labels` are the positions at which the head runs.
 COUNTED = ("samples", "tokens", "pairs", "labels", "images", "crops")
 
-# Dense (not sparse) 16-bit tensor core FLOP/s of NVIDIA's datasheets, by the words that a device's
-# name has to hold. The first entry that fits counts.
-PEAK_FLOPS = {
-    ("B200",): 2250e12,
-    ("H200",): 989e12,
-    ("H100", "PCIe"): 756e12,
-    ("H100",): 989e12,
-    ("A100",): 312e12,
-    ("A10",): 125e12,
-    ("L40S",): 362e12,
-    ("L4",): 121e12,
-    ("V100", "PCIE"): 112e12,
-    ("V100",): 125e12,
-    ("RTX", "8000"): 130.5e12,
-    ("RTX", "4090"): 165.2e12,
-    ("RTX", "3090"): 71e12,
-}
-# Other chips of nearly the same name, and slices of a GPU.
-OTHER_CHIPS = {"NVL", "Laptop", "Ti", "D", "MIG"}
 
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of `torch.cuda.get_device_name()` at its best; None where it is not known."""
-    words = set(re.split(r"[\s-]+", device_name))
-    if words & OTHER_CHIPS:
-        return None
-    return next((flops for name, flops in PEAK_FLOPS.items() if words.issuperset(name)), None)
-
-
-def training_flops(model: nn.Module) -> dict[str, int]:
+def count_batch(batch: dict, crop_size: int) -> dict[str, int | torch.Tensor]:
     """
-    FLOPs of a forward and backward pass for one of each, by its name in `COUNTED`.
+    `COUNTED` of a batch of `TrainingCollator`. Nothing here waits for the device: what is read from
+    tensors stays a tensor.
 
-    These are the FLOPs that training needs, for MFU as in appendix B of the PaLM paper (Chowdhery
-    et al., 2022): what gradient checkpointing computes again does not count. A linear layer of m x
-    n takes 2 m n a row forward, 2 m n for the gradient of its input, where something trained lies
-    before it, and 2 m n for that of its weight, where that is trained. Attention takes 4 FLOPs a
-    pair and channel forward, and 8 backward. All else (norms, softmax, RoPE, the two separators of
-    a batch) is left out.
-
-        tokens: the decoder's linear layers.
-        pairs: its attention.
-        labels: the head.
-        crops: CLIP's layers that run, with attention from each of the 577 positions to all, and the
-            projection of 144 tokens.
+    Args:
+        batch: `lengths`, the tokens of every sample, also where several share a row; `labels`
+            (b, s); with images `image_sizes` (n, 2), where 0 x 0 is a blank one, of which only the
+            global crop is seen.
+        crop_size: pixels along a side.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder, vision = base.model, base.model.vision_embed_tokens
-    tower, config = vision.img_processor.vision_model, base.config.get_vision_config()
-    patches = (config.image_size // config.patch_size) ** 2
-    positions = patches + 1  # one for the class token
-    walk = _Walk()
-
-    crop = patches * walk.linear(tower.embeddings.patch_embedding)
-    walk.learn(tower.embeddings.parameters())
-    walk.learn(tower.pre_layrnorm.parameters())
-    for layer in tower.encoder.layers[:-1]:
-        walk.learn(layer.layer_norm1.parameters())
-        attention = layer.self_attn
-        crop += positions * walk.linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        crop += positions**2 * walk.attention(config.hidden_size)
-        crop += positions * walk.linear(attention.out_proj)
-        walk.learn(layer.layer_norm2.parameters())
-        crop += positions * (walk.linear(layer.mlp.fc1) + walk.linear(layer.mlp.fc2))
-    walk.learn(vision.parameters(recurse=False))  # the separators
-    for layer in vision.img_projection[::2]:
-        crop += patches // 4 * walk.linear(layer)
-
-    token = pair = 0
-    walk.learn(decoder.embed_tokens.parameters())
-    for layer in decoder.layers:
-        walk.learn(layer.input_layernorm.parameters())
-        token += walk.linear(layer.self_attn.qkv_proj)
-        pair += walk.attention(base.config.hidden_size)
-        token += walk.linear(layer.self_attn.o_proj)
-        walk.learn(layer.post_attention_layernorm.parameters())
-        token += walk.linear(layer.mlp.gate_up_proj) + walk.linear(layer.mlp.down_proj)
-    walk.learn(decoder.norm.parameters())
-    return {"tokens": token, "pairs": pair, "labels": walk.linear(base.lm_head), "crops": crop}
+    lengths, sizes = batch["lengths"], batch.get("image_sizes")
+    return {
+        "samples": len(lengths),
+        "tokens": sum(lengths),
+        "pairs": sum(length * (length + 1) // 2 for length in lengths),
+        "labels": (batch["labels"][:, 1:] != -100).sum(),
+        "images": 0 if sizes is None else (sizes.prod(-1) > 0).sum(),
+        "crops": 0 if sizes is None else (sizes // crop_size).prod(-1).sum() + len(sizes),
+    }
 
 
-class _Walk:
-    """A walk through the model in the order of its forward pass, which adds up FLOPs."""
-
-    def __init__(self):
-        self.learns = False  # whether something trained was passed: gradients come as far as here
-
-    def learn(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.learns |= any(parameter.requires_grad for parameter in parameters)
-
-    def linear(self, *modules: nn.Module) -> int:
-        """FLOPs a row of modules that have the same input, with their adapters."""
-        flops = 0
-        for module in modules:
-            for name, part in module.named_modules():
-                if isinstance(part, nn.Conv2d):
-                    size = part.in_channels * part.out_channels * part.kernel_size[0] ** 2
-                elif isinstance(part, nn.Linear):
-                    size = part.in_features * part.out_features
-                else:
-                    continue
-                # Of an adapter's two layers, the second one has a trained one before it.
-                passes_back = self.learns or name.startswith("lora_B")
-                flops += 2 * size * (1 + passes_back + part.weight.requires_grad)
-        for module in modules:
-            self.learn(module.parameters())
-        return flops
-
-    def attention(self, width: int) -> int:
-        """FLOPs a pair: queries times keys, and weights times values."""
-        return 4 * width * (3 if self.learns else 1)
-
-
-def count_batch(batch: dict[str, torch.Tensor], crop_size: int) -> torch.Tensor:
+class Meter:
     """
-    `COUNTED` of a batch of `TrainingCollator`: (6,), on the batch's device. Nothing here waits for
-    the device.
-    """
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None:
-        lengths = mask.sum(-1)
-        samples, tokens = lengths.new_full((), len(lengths)), lengths.sum()
-        pairs = (lengths * (lengths + 1) // 2).sum()
-    else:  # packed rows: no padding, and every sample starts at 0
-        samples, tokens = (positions == 0).sum(), positions.new_full((), positions.numel())
-        pairs = (positions + 1).sum()
-    labels = (batch["labels"][:, 1:] != -100).sum()
-    images = crops = torch.zeros_like(tokens)
-    sizes = batch.get("image_sizes")
-    if sizes is not None:
-        images = torch.full_like(tokens, len(sizes))
-        crops = (sizes.to(tokens.device, non_blocking=True) // crop_size).prod(-1).sum() + images
-    return torch.stack([samples, tokens, pairs, labels, images, crops])
+    Measures training: `waiting` around the wait for a step's batches, `count` for each of them,
+    `step_done` at the step's end, then `rates` wherever something is logged.
 
+    Only the time from `waiting` to `step_done` counts. Logging, evaluations and checkpoints come
+    between, and make a run longer but not its rates lower.
 
-class ThroughputCallback(TrainerCallback):
-    """
-    Adds rates to every line that the Trainer logs, and prints those of the whole run at its end.
-
-    Time is training time: from where an optimizer step's batches are asked for to where the step
-    ends. Logging, evaluations and checkpoints come after that and do not count. For that it has to
-    know the Trainer, see `time_batches`, and to stand behind `LossWatch` in the list of callbacks:
-    its look at the losses waits until the device has finished the step.
-
-    Logged, over all ranks:
+    `rates` and `summary` are over all ranks, which have to call them together:
         `samples_per_second`, `tokens_per_second`, `images_per_second`, `crops_per_second`: padding
             excluded. Crops are what the vision tower sees, the global one of every image included.
         `mfu`: the share of the GPUs' peak FLOP/s that `training_flops` makes use of; on a device
@@ -171,90 +55,74 @@ class ThroughputCallback(TrainerCallback):
         `peak_memory_gb_per_process`: since the process started.
     """
 
-    knows_trainer = False
-
-    def time_batches(self, trainer: Trainer) -> None:
-        """Measure how long the trainer's steps wait for their batches."""
-        get_batch_samples = trainer.get_batch_samples
-
-        def timed(*args):
-            self.step_start = time.perf_counter()
-            batches = get_batch_samples(*args)
-            self.waited += time.perf_counter() - self.step_start
-            return batches
-
-        trainer.get_batch_samples = timed
-        self.knows_trainer = True
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not self.knows_trainer:
-            # Without the waiting for data, the rates would be higher ones under the same names.
-            raise RunError(
-                "ThroughputCallback cannot see how long batches take. Call its "
-                "time_batches(trainer) before trainer.train()."
-            )
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        crop_size = base.model.vision_embed_tokens.crop_size
+    def __init__(self, model: nn.Module, device: torch.device):
+        """`model` as it is trained, adapters included, and before it is wrapped."""
+        self.device = device
+        self.crop_size = model.config.get_vision_config().image_size
         self.flops = training_flops(model)
-        self.total = dict.fromkeys((*COUNTED, "seconds", "waited", "peak_memory"), 0)
-        self._reset()
-        on_gpu = args.device.type == "cuda"
-        self.peak_flops = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
+        on_gpu = device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+        self.total = dict.fromkeys((*COUNTED, "seconds", "waited", "peak_memory"), 0.0)
+        self._begin_window()
 
-        def count(module, inputs, named_inputs):
-            if module.training:
-                self.counts = self.counts + count_batch(named_inputs, crop_size)
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A step begins here, with the wait for its batches."""
+        self.step_start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - self.step_start
 
-        self.hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    def count(self, batch: dict) -> None:
+        """A micro-batch, see `count_batch`."""
+        for name, number in count_batch(batch, self.crop_size).items():
+            self.counts[name] = self.counts[name] + number
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.device.type == "cuda" and (control.should_log or control.should_save):
-            torch.cuda.synchronize()  # what follows would wait for the step otherwise
+    def step_done(self) -> None:
+        """The step ends when the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - self.step_start
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:  # the Trainer's own summary
-            return
-        numbers = self._rates(self._collect(args.device))
-        logs.update(numbers)  # what is printed
-        state.log_history[-1].update(numbers)
+    def rates(self) -> dict[str, float]:
+        """Of what was done since the last call."""
+        return self._rates(self._collect())
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.hook.remove()
-        self._collect(args.device)
-        numbers, total = self._rates(self.total), self.total
-        summary = {f"train_{name}": number for name, number in numbers.items()}
-        state.log_history.append({**summary, "step": state.global_step})
+    def summary(self) -> tuple[dict[str, float], str]:
+        """Of the whole run: the rates, each as `train_...`, and a line for people."""
+        self._collect()
+        total, rates = self.total, self._rates(self.total)
         speed = (
-            f"MFU {numbers['mfu']:.1%}"
-            if "mfu" in numbers
-            else f"{numbers['tflops_per_second']:.3g} TFLOP/s a process"
+            f"MFU {rates['mfu']:.1%}"
+            if "mfu" in rates
+            else f"{rates['tflops_per_second']:.3g} TFLOP/s per process"
         )
-        print_first(
+        line = (
             f"Training: {total['samples']:,.0f} samples in {total['seconds']:,.1f} s, "
-            f"{numbers['samples_per_second']:.2f} samples/s, "
-            f"{numbers['tokens_per_second']:,.0f} tokens/s, "
-            f"{numbers['crops_per_second']:.2f} crops/s, {speed}, "
-            f"{numbers['data_wait']:.1%} of the time waiting for data, "
-            f"peak memory {numbers['peak_memory_gb_per_process']:.2f} GB a process"
+            f"{rates['samples_per_second']:.2f} samples/s, "
+            f"{rates['tokens_per_second']:,.0f} tokens/s, "
+            f"{rates['crops_per_second']:.2f} crops/s, {speed}, "
+            f"{rates['data_wait']:.1%} of the time waiting for data, "
+            f"peak memory {rates['peak_memory_gb_per_process']:.2f} GB per process"
         )
+        return {f"train_{name}": rate for name, rate in rates.items()}, line
 
-    def _reset(self) -> None:
-        self.counts: torch.Tensor | int = 0  # `COUNTED` of this rank
+    def _begin_window(self) -> None:
+        self.counts: dict[str, int | torch.Tensor] = dict.fromkeys(COUNTED, 0)  # of this rank
         self.seconds = self.waited = 0.0
 
-    def _collect(self, device: torch.device) -> dict[str, float]:
+    def _collect(self) -> dict[str, float]:
         """What all ranks did since the last call, which is added to the total and begins anew."""
-        counts = torch.zeros(len(COUNTED), device=device, dtype=torch.float64) + self.counts
-        longest = torch.tensor(
-            [self.seconds, self.waited, peak_memory()], device=device, dtype=torch.float64
+        counts = [float(number) for number in self.counts.values()]
+        longest = [self.seconds, self.waited, float(peak_memory(self.device))]
+        counts, longest = (
+            torch.tensor(numbers, device=self.device, dtype=torch.float64)
+            for numbers in (counts, longest)
         )
-        self._reset()
+        self._begin_window()
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(longest, dist.ReduceOp.MAX)
-        names = (*COUNTED, "seconds", "waited", "peak_memory")
-        numbers = dict(zip(names, counts.tolist() + longest.tolist(), strict=True))
+        numbers = dict(zip(self.total, counts.tolist() + longest.tolist(), strict=True))
         peak = max(self.total["peak_memory"], numbers["peak_memory"])
         self.total = {name: self.total[name] + number for name, number in numbers.items()}
         self.total["peak_memory"] = peak
@@ -278,8 +146,8 @@ class ThroughputCallback(TrainerCallback):
         return rates
 
 
-def peak_memory() -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

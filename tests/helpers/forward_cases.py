@@ -33,6 +33,13 @@ def case_inputs(case: dict, key: str = "input_ids_rle") -> dict:
     return inputs
 
 
+def at_labels(labels: torch.Tensor) -> dict:
+    """What asks for logits and loss at (b, s) labels alone, as `TrainingCollator` does."""
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    kept = shifted != -100
+    return {"labels": labels, "logits_to_keep": kept, "shift_labels": shifted[kept]}
+
+
 def check_outputs(model: Phi3VForCausalLM, inputs: dict, case: dict, name: str) -> None:
     """Hidden states and logits of a golden case, at its sampled positions."""
     arrays = np.load(GOLDEN / "forward.npz")

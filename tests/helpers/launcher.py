@@ -40,7 +40,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 LIBRARIES = (
-    *("accelerate", "av", "bitsandbytes", "datasets", "deepspeed", "numba", "peft"),
+    *("accelerate", "av", "bitsandbytes", "datasets", "deepspeed", "peft"),
     *("sklearn.datasets", "torch", "torch._dynamo", "torch.distributed.launcher", "torchvision"),
     *("transformers", "transformers.trainer", "transformers.integrations.deepspeed"),
     *("transformers.models.clip.modeling_clip", "transformers.models.phi3.modeling_phi3"),

@@ -1,21 +1,31 @@
-"""A Trainer of the tiny model, in the test's own process."""
+"""The recipes' Trainer of the tiny model, in the test's own process."""
 
 import argparse
-from collections.abc import Sequence
 
-from transformers import Trainer
-
+from finetune_hf_trainer_ucf101 import lora_config
 from helpers.records import RECORDS
-from phi3v.data.collators import TrainingCollator
-from phi3v.training.arguments import make_parser, parse_arguments
-from phi3v.training.loading import load_model, load_processor
-from phi3v.training.throughput import ThroughputCallback
-from phi3v.training.training import make_training_arguments
+from phi3v.training import (
+    Phi3VTrainer,
+    RecipeParser,
+    load_model,
+    load_processor,
+    training_arguments,
+)
+
+
+# Those of the recipes, but that every step is logged and the rate is high from the first one on.
+SETTINGS = {
+    "optim": "adamw_torch_fused",
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-7,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "report_to": "none",
+}
 
 
 def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
-    return parse_arguments(
-        make_parser("test"),
+    return RecipeParser("test").parse_args(
         [
             f"--model_name_or_path={checkpoint}",
             f"--output_dir={output_dir}",
@@ -25,19 +35,21 @@ def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
     )
 
 
+def loaded(args: argparse.Namespace):
+    """The model, as a recipe loads it."""
+    return load_model(args, training_arguments(args), lora_config(args))
+
+
 def make_trainer(
-    args: argparse.Namespace, records: list[dict] = RECORDS, callbacks: Sequence = ()
-) -> Trainer:
-    training_args = make_training_arguments(args)
-    training_args.logging_steps = 1
-    training_args.warmup_steps = 0
-    throughput = ThroughputCallback()
-    trainer = Trainer(
-        model=load_model(args, training_args),
+    args: argparse.Namespace, records: list[dict] = RECORDS, **options: object
+) -> Phi3VTrainer:
+    training_args = training_arguments(args, **SETTINGS)
+    return Phi3VTrainer(
+        model=load_model(args, training_args, lora_config(args)),
         args=training_args,
-        data_collator=TrainingCollator(load_processor(args)),
+        flags=args,
+        processing_class=load_processor(args),
         train_dataset=records,
-        callbacks=[throughput, *callbacks],
+        eval_dataset=records,
+        **{"compute_metrics": lambda results: {}, **options},
     )
-    throughput.time_batches(trainer)
-    return trainer
