@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from finetune_hf_trainer_docvqa import CAULDRON_COLUMNS, cauldron_records
 from phi3v import distributed
 from phi3v.check import main as check
-from phi3v.data import images, prepare
+from phi3v.data import images, preparation
 from phi3v.data.collators import TrainingCollator
 from phi3v.data.images import check_images, image_sizes, load_images
-from phi3v.data.prepare import check_all_images
+from phi3v.data.preparation import check_all_images, prepare
 from phi3v.data.records import Records, check_record, load_records
 from phi3v.data.rows import ImageFolder
 from phi3v.data.sources import load_rows
@@ -380,7 +380,7 @@ def test_images(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     File, line, sample, field, path, reason, way out; of few images, which are decoded, and of many.
     In training the same without the line.
     """
-    monkeypatch.setattr(prepare, "MAX_DECODED", 500 if few else 0)
+    monkeypatch.setattr(preparation, "MAX_DECODED", 500 if few else 0)
     content, reason = IMAGES[kind]
     (image_dir / "bad.jpg").write_bytes(content)
     records = load_records(
@@ -427,7 +427,7 @@ GOOD_IMAGES = {
 @pytest.mark.parametrize("kind", GOOD_IMAGES)
 def test_whole_images_pass(tmp_path, image_dir, demo_processor, kind, few, monkeypatch):
     """No check refuses what decodes; and the pixels are those of PIL."""
-    monkeypatch.setattr(prepare, "MAX_DECODED", 500 if few else 0)
+    monkeypatch.setattr(preparation, "MAX_DECODED", 500 if few else 0)
     path = image_dir / "good"
     path.write_bytes(GOOD_IMAGES[kind])
     records = load_records(write(tmp_path, good("x", "good")), image_dir)
@@ -514,7 +514,7 @@ def test_no_program_is_started_for_an_image(
 
 def test_a_sample_of_many_images(tmp_path, image_dir, demo_processor, capsys, monkeypatch):
     """Above the limit, an even sample is looked at, and the command for all is told."""
-    monkeypatch.setattr(prepare, "MAX_CHECKED", 20)
+    monkeypatch.setattr(preparation, "MAX_CHECKED", 20)
     lines = [good(str(i), "a.jpg", "b.jpg") for i in range(40)]
     (image_dir / "bad.jpg").write_bytes(b"no")
     lines[1] = good("1", "a.jpg", "bad.jpg")
@@ -802,11 +802,11 @@ def test_prepare(demo_processor, capsys):
     fine = good("a", images=[noise()])
     bad = good("b", images=[b"broken"])
     with pytest.raises(DataError, match="evaluation data, row 1: id 'a' is that of row 0 too"):
-        prepare.prepare([bad], [fine, fine], demo_processor, arguments())
+        prepare([bad], [fine, fine], demo_processor, arguments())
     with pytest.raises(DataError, match="training data, row 0: sample 'b'.*cannot read the image"):
-        prepare.prepare([bad], [fine], demo_processor, arguments())
+        prepare([bad], [fine], demo_processor, arguments())
     flags = arguments(skip_bad_samples=True, pack_length=10_000)
-    train, evaluation = prepare.prepare([fine, bad, good("c")], [fine], demo_processor, flags)
+    train, evaluation = prepare([fine, bad, good("c")], [fine], demo_processor, flags)
     assert [[record["id"] for record in members] for members in train] == [["a", "c"]]
     assert [record["id"] for record in evaluation] == ["a"]
     assert "training data: 1 of 3 samples are bad" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from phi3v.training.training import save_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from phi3v.data.packing import count_tokens, fit_lengths, pack
 from phi3v.data.records import Records
 from phi3v.errors import DataError
 from phi3v.training.loading import load_processor
-from phi3v.training.training import save_model
 
 # With ids of their own.
 NAMED = Records([{**record, "id": str(number)} for number, record in enumerate(MORE)])
