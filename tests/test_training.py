@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingA
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, apply_rotary_pos_emb
 
 from conftest import GOLDEN, REPO
-from finetune_hf_trainer_ucf101 import lora_config
 from golden_util import make_image
+from finetune_hf_trainer_ucf101 import lora_config
 from helpers.records import RECORDS, image, record, turn
 from helpers.trainers import arguments, loaded, make_trainer
 from phi3v import Phi3VConfig
@@ -543,10 +543,7 @@ NUMBERS = (
             "have nothing to train under --freeze_vision_model",
         ),
         (["--num_train_epochs", "0"], "--num_train_epochs: must be above 0"),
-        (
-            ["--use_lora", "--merge_lora", "--eval_only"],
-            "--merge_lora needs --use_lora or --use_qlora, and a training",
-        ),
+        (["--use_lora", "--merge_lora", "--eval_only"], "--merge_lora needs --use_lora or --use_qlora, and a training"),
         *(
             ([f"--{flag}={value}"], f"argument --{flag}: must be ")
             for flag in ("wd", "learning_rate", "vision_learning_rate", "lora_dropout")
@@ -595,9 +592,7 @@ def test_torchruns_summary_has_the_message(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         RecipeParser("").parse_args(["--num_crops", "17"])
     failure = ProcessFailure(1, 0, 2, str(tmp_path / "error.json"))
-    assert (
-        str(ChildFailedError("recipe", {1: failure})).count("--num_crops: must be at least 1") == 1
-    )
+    assert str(ChildFailedError("recipe", {1: failure})).count("--num_crops: must be at least 1") == 1
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,9 @@ def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[P
         )
 
 
-def run_settings(args: argparse.Namespace, training_args: TrainingArguments) -> dict[str, object]:
+def run_settings(
+    args: argparse.Namespace, training_args: TrainingArguments
+) -> dict[str, object]:
     """All that the trained weights depend on, but for the data, as JSON has it."""
     shared = vars(RecipeParser("").parse_known_args([])[0]).keys() - HARMLESS
     settings = {name: getattr(args, name) for name in shared}
@@ -177,9 +179,7 @@ def take_over(
 
     def take() -> None:
         if checkpoint:
-            check_settings(
-                f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings
-            )
+            check_settings(f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings)
         elif args.resume_from_checkpoint is not None and folder.record["settings"] is not None:
             check_settings(f"{folder.path} holds a run", folder.record["settings"], settings)
         with phase(f"--output_dir {args.output_dir}"):

@@ -53,7 +53,8 @@ def training_arguments(args: argparse.Namespace, **recipe: object) -> TrainingAr
     from_flags = {
         "output_dir": args.output_dir,
         "per_device_train_batch_size": args.batch_size_per_gpu,
-        "gradient_accumulation_steps": args.batch_size // (world_size() * args.batch_size_per_gpu),
+        "gradient_accumulation_steps": args.batch_size
+        // (world_size() * args.batch_size_per_gpu),
         "per_device_eval_batch_size": args.eval_batch_size_per_gpu,
         "num_train_epochs": args.num_train_epochs,
         "learning_rate": args.learning_rate,

@@ -12,6 +12,7 @@ from phi3v.training import (
     training_arguments,
 )
 
+
 # Those of the recipes, but that every step is logged and the rate is high from the first one on.
 SETTINGS = {
     "optim": "adamw_torch_fused",
