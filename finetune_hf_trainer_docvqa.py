@@ -22,6 +22,8 @@ eval_before.json and eval_after.json with the ANLS, every answer and every gener
 """
 
 import random
+from collections.abc import Iterator
+from functools import partial
 
 from datasets import Image
 from peft import LoraConfig
@@ -72,18 +74,20 @@ def load_datasets(args) -> tuple[Records, Records]:
         split="test",
         flag="--eval_dataset_name_or_path",
     )
+    to_record = partial(to_records, seed=args.seed)
+    return Records(train, to_record), Records(evaluation, to_record)
 
-    def to_records(row: dict) -> dict | list[dict]:
-        return cauldron_records(row) if "texts" in row else mini_record(row, args.seed)
 
-    return Records(train, to_records), Records(evaluation, to_records)
+def to_records(row: dict, seed: int) -> dict | Iterator[dict]:
+    """The record or records of a row of either layout."""
+    return cauldron_records(row) if "texts" in row else mini_record(row, seed)
 
 
 def mini_record(row: dict, seed: int) -> dict:
     """One of the accepted answers is the one to learn, drawn by the seed."""
-    identifier, question = f"docvqa-{row['id']}", row["query"]["en"]
-    if not question or not row["answers"]:
-        raise ValueError("it needs a text `en` in `query`, and `answers`")
+    identifier, question = f"docvqa-{row['id']}", (row["query"] or {}).get("en")
+    if row["id"] in (None, "") or not question or not row["answers"]:
+        raise ValueError("it needs an id, a text `en` in `query`, and `answers`")
     turn = {
         "images": [row["image"]],
         "user": f"{question}\nAnswer briefly.",
@@ -97,19 +101,13 @@ def mini_record(row: dict, seed: int) -> dict:
     }
 
 
-def cauldron_records(row: dict) -> list[dict]:
+def cauldron_records(row: dict) -> Iterator[dict]:
     """A record for every question of a row, with its texts as they are."""
     if not row["images"]:
         raise ValueError("images is empty")
-    return [
-        {
-            "source": "docvqa",
-            "conversations": [
-                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
-            ],
-        }
-        for text in row["texts"] or []
-    ]
+    for text in row["texts"] or []:
+        turn = {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+        yield {"source": "docvqa", "conversations": [turn]}
 
 
 def metrics(results) -> dict[str, float]:

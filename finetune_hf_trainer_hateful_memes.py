@@ -23,6 +23,7 @@ answer, every generated text and its probability.
 """
 
 import os
+from collections.abc import Iterator
 
 from datasets import Image
 from peft import LoraConfig
@@ -76,22 +77,15 @@ def load_datasets(args) -> tuple[Records, Records]:
     return Records(train, cauldron_records), Records(evaluation, cauldron_records)
 
 
-def cauldron_records(row: dict) -> list[dict]:
+def cauldron_records(row: dict) -> Iterator[dict]:
     """A record for every question of a row, with its texts as they are."""
     if not row["images"]:
-        raise ValueError("images is empty; remove it")
+        raise ValueError("images is empty")
     for text in row["texts"] or []:
-        if text["assistant"].strip(" .\n").lower() not in (YES.lower(), NO.lower()):
+        if str(text["assistant"]).strip(" .\n").lower() not in (YES.lower(), NO.lower()):
             raise ValueError(f"an answer is {text['assistant']!r}, not {YES} or {NO}")
-    return [
-        {
-            "source": "hateful_memes",
-            "conversations": [
-                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
-            ],
-        }
-        for text in row["texts"] or []
-    ]
+        turn = {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+        yield {"source": "hateful_memes", "conversations": [turn]}
 
 
 def challenge_record(meme: dict) -> dict:

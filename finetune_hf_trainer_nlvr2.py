@@ -20,7 +20,8 @@ generated text.
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from datasets import Image
@@ -65,7 +66,7 @@ def load_datasets(args) -> tuple[Records, Records]:
     if os.path.isfile(f"{name}/train.json"):
         train = load_rows(f"{name}/train.json", OFFICIAL_COLUMNS)
         evaluation = load_rows(f"{name}/{args.eval_file}", OFFICIAL_COLUMNS)
-        to_record = official_record(Path(name))
+        to_record = partial(official_record, paths=find_images(name))
     else:
         train = load_rows(name, CAULDRON_COLUMNS, config="nlvr2", split=f"train[{n}:]")
         evaluation = load_rows(name, CAULDRON_COLUMNS, config="nlvr2", split=f"train[:{n}]")
@@ -73,47 +74,42 @@ def load_datasets(args) -> tuple[Records, Records]:
     return Records(train, to_record), Records(evaluation, to_record)
 
 
-def cauldron_records(row: dict) -> list[dict]:
+def cauldron_records(row: dict) -> Iterator[dict]:
     """A record for every question of a row, with its texts as they are."""
     if len(row["images"] or []) != 2:
-        raise ValueError(f"it has {len(row['images'] or [])} images, not 2; remove it")
-    return [
-        {
-            "source": "nlvr2",
-            "conversations": [
-                {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
-            ],
-        }
-        for text in row["texts"] or []
-    ]
+        raise ValueError(f"it has {len(row['images'] or [])} images, not 2")
+    for text in row["texts"] or []:
+        turn = {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+        yield {"source": "nlvr2", "conversations": [turn]}
 
 
-def official_record(folder: Path) -> Callable[[dict], dict]:
+def find_images(folder: str) -> dict[str, list[str]]:
+    """The paths of all images of the official files, by name."""
+    paths = defaultdict(list)
+    for path in sorted(Path(folder).rglob("*-img[01].png")):
+        paths[path.name].append(str(path))
+    return paths
+
+
+def official_record(row: dict, paths: dict[str, list[str]]) -> dict:
     """
-    Turns a line of the official files into a record.
+    The record of a line of the official files.
 
     An identifier is <split>-<set>-<pair>-<sentence>; its images are <split>-<set>-<pair>-img0.png
     and -img1.png, in any folder below.
     """
-    paths = defaultdict(list)
-    for path in sorted(folder.rglob("*-img[01].png")):
-        paths[path.name].append(str(path))
-
-    def to_record(row: dict) -> dict:
-        pair = row["identifier"].rsplit("-", 1)[0]
-        images = [paths[f"{pair}-img{side}.png"] for side in (0, 1)]
-        if any(len(found) != 1 for found in images):
-            raise ValueError(f"needs one {pair}-img0.png and -img1.png, and there is {images}")
-        if str(row["label"]) not in ("True", "False"):
-            raise ValueError("label must be True or False")
-        turn = {
-            "images": [path for [path] in images],
-            "user": f"{row['sentence']} Is this true or false?",
-            "assistant": str(row["label"]),
-        }
-        return {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
-
-    return to_record
+    pair = row["identifier"].rsplit("-", 1)[0]
+    images = [paths.get(f"{pair}-img{side}.png", []) for side in (0, 1)]
+    if any(len(found) != 1 for found in images):
+        raise ValueError(f"needs one {pair}-img0.png and one -img1.png, and there is {images}")
+    if str(row["label"]) not in ("True", "False"):
+        raise ValueError("label must be True or False")
+    turn = {
+        "images": [path for [path] in images],
+        "user": f"{row['sentence']} Is this true or false?",
+        "assistant": str(row["label"]),
+    }
+    return {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
 
 
 def metrics(results) -> dict[str, float]:

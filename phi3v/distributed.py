@@ -75,7 +75,7 @@ def share_out(
             # An image that one machine lacks is bad for all.
             if not isinstance(found.get(index), DataError):
                 found[index] = result
-    return dict(sorted(found.items()))
+    return {index: found[index] for index in sorted(found)}
 
 
 def on_first_rank(decide: Callable[[], T]) -> T:

@@ -240,8 +240,8 @@ MUTANTS = [
     Mutant(
         "packing: rows are too long by one",
         "phi3v/data/packing.py",
-        "if left >= length), None)",
-        "if left >= length - 1), None)",
+        "at = bisect_left(rooms, length)",
+        "at = bisect_left(rooms, length - 1)",
         "test_packing",
     ),
     Mutant(
@@ -359,6 +359,13 @@ MUTANTS = [
         "sum(best)",
         "test_metrics",
     ),
+    Mutant(
+        "metric: ANLS minds case",
+        "phi3v/training/metrics.py",
+        '" ".join(text.lower().split())',
+        '" ".join(text.split())',
+        "test_metrics",
+    ),
     # ---- Checkpoints and the output folder
     Mutant(
         "checkpoints: half a checkpoint counts",
@@ -449,24 +456,38 @@ MUTANTS = [
     ),
     # ---- Data
     Mutant(
-        "data: ids twice",
-        "phi3v/errors.py",
-        "if (first := self.first.setdefault(identifier, number)) != number:",
-        "if (first := self.first.setdefault(identifier, number)) > number:",
-        "test_bad_input test_recipes",
-    ),
-    Mutant(
         "data: control tokens in texts",
-        "phi3v/data/conversations.py",
-        "        if found := CONTROL_TOKEN.search(text):",
-        "        if found := None:",
+        "phi3v/data/records.py",
+        "    if found := CONTROL_TOKEN.search(check_type(text, str, field)):",
+        "    if found := None and check_type(text, str, field):",
         "test_bad_input",
     ),
     Mutant(
         "data: images from outside the folder",
-        "phi3v/data/conversations.py",
+        "phi3v/data/rows.py",
         "            if not inside:\n",
         "            if False:\n",
+        "test_bad_input",
+    ),
+    Mutant(
+        "data: ids twice",
+        "phi3v/data/records.py",
+        "                elif identifier in first:",
+        "                elif False:",
+        "test_bad_input",
+    ),
+    Mutant(
+        "data: rows are counted from the part that is loaded",
+        "phi3v/data/sources.py",
+        "return rows.add_column(ROW, np.arange(len(rows))).select(part)",
+        "return rows.select(part).add_column(ROW, np.arange(len(part)))",
+        "test_bad_input",
+    ),
+    Mutant(
+        "data: a machine looks at a part of its files only",
+        "phi3v/distributed.py",
+        "    if shared and each_machine:",
+        "    if False:",
         "test_bad_input",
     ),
     Mutant(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -193,15 +194,17 @@ def test_lora_under_every_engine(launcher, data_dir, demo_checkpoint, tmp_path):
         assert zero3[name].shape == tensor.shape and zero3[name].any() and tensor.any(), name
 
 
-def test_wrong_data_costs_no_model(launcher, data_dir, tmp_path):
-    """A bad record stops the run with one message, before the model folder is even looked at."""
+def test_wrong_data_costs_no_model(launcher, data_dir, demo_checkpoint, tmp_path):
+    """A bad record stops the run with one message, before the weights are even looked for."""
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    model = shutil.copytree(demo_checkpoint, tmp_path / "model", ignore=no_weights)
     broken = tmp_path / "data"
     broken.mkdir()
     (broken / "images").symlink_to(data_dir / "images")
     lines = (data_dir / "ucf101_train.jsonl").read_text().splitlines()
     lines[3] = lines[3].replace('"assistant"', '"asistant"')
     (broken / "ucf101_train.jsonl").write_text("\n".join(lines) + "\n")
-    command = flags(broken, tmp_path / "no_such_model", tmp_path / "out")
+    command = flags(broken, model, tmp_path / "out")
     output = launcher.run(*command, cwd=tmp_path, status=1)
     error = output[output.index("error: ") :]
     assert "ucf101_train.jsonl, line 4: conversations[0]" in error and "asistant" in error

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from phi3v import Phi3VConfig, Phi3VImageProcessor
 from phi3v.data.collators import IGNORED, GenerationCollator, TrainingCollator

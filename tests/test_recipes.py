@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from phi3v.training.evaluation import Result
 
 from helpers.recipes import recipe, run
 from phi3v.data.collators import TrainingCollator
 from phi3v.data.images import load_images
 from phi3v.data.records import Records
-from phi3v.training.evaluation import Result
+from phi3v.errors import DataError
 from small_datasets import cauldron_row, examples_row, picture, write_parquet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -27,6 +28,11 @@ def own_cache(tmp_path, monkeypatch):
 def given(**values: object) -> SimpleNamespace:
     """Parsed arguments, as far as a function looks at them."""
     return SimpleNamespace(**values)
+
+
+def load(name: str, skip_bad: bool = False, **values: object) -> list[Records]:
+    """A recipe's datasets, checked, as they are before training."""
+    return [records.check(skip_bad) for records in recipe(name).load_datasets(given(**values))]
 
 
 # ---------------------------------------------------------------- DocVQA
@@ -44,60 +50,74 @@ def test_docvqa_mini_train(demo_checkpoint, tmp_path, monkeypatch):
         assert 0 <= result["anls"] <= 1 and len(result["generated_texts_unique"]) == 3
 
 
+def docvqa(folder: Path, seed: int = 1, skip_bad: bool = False) -> list[Records]:
+    names = {"dataset_name_or_path": str(folder), "eval_dataset_name_or_path": str(folder)}
+    return load("docvqa", skip_bad, **names, seed=seed)
+
+
 def test_docvqa_records(tmp_path):
     """Prompts of both layouts; the target drawn by the seed; all questions of a row are used."""
-    docvqa = recipe("docvqa")
     examples = write_parquet(tmp_path / "a", "train", [examples_row(i) for i in range(40)])
-    arguments = given(seed=1)
-    records = docvqa.load_dataset(arguments, str(examples), "train")
+    write_parquet(examples, "test", [examples_row(i) for i in range(2)])
+    records, evaluation = docvqa(examples)
+    assert len(records) == 40 and len(evaluation) == 2
     turns = [record["conversations"][0] for record in records]
     assert turns[3]["user"] == "What is number 3?\nAnswer briefly."
-    assert [turn["assistant"] in (f"number {i}", str(i)) for i, turn in enumerate(turns)].count(
-        True
-    ) == 40
+    assert all(turn["assistant"] in (f"number {i}", str(i)) for i, turn in enumerate(turns))
     long = sum(turn["assistant"].startswith("number") for turn in turns)
     assert 10 < long < 30, "the target is one of the answers, drawn at random"
     assert [record["conversations"] for record in records] == [[turn] for turn in turns]
-    other = given(seed=2)
-    again = docvqa.load_dataset(other, str(examples), "train")
+    again = docvqa(examples, seed=2)[0]
     assert [r["conversations"][0]["assistant"] for r in again] != [t["assistant"] for t in turns]
+    assert evaluation[1]["answers"] == ["number 1", "1"]
 
     rows = [cauldron_row(0, 1, ("a?", "1"), ("b?", "2")), cauldron_row(1, 1, ("c?", "3"))]
     cauldron = write_parquet(tmp_path / "b", "train", rows)
-    records = docvqa.load_dataset(arguments, str(cauldron), "train")
+    write_parquet(cauldron, "test", rows)
+    records = docvqa(cauldron)[0]
     assert [record["id"] for record in records] == ["docvqa-0-0", "docvqa-0-1", "docvqa-1-0"]
     assert [record["conversations"][0]["user"] for record in records] == ["a?", "b?", "c?"]
     images = load_images(records[2])
     assert [image.getpixel((5, 5)) for image in images] == [(0, 255, 0)]
 
 
+def test_docvqa_draws_the_targets_it_always_drew(tmp_path):
+    """A change would make results of one seed differ from those that are published with it."""
+    folder = write_parquet(tmp_path / "a", "train", [examples_row(i) for i in range(8)])
+    write_parquet(folder, "test", [examples_row(0)])
+    drawn = [record["conversations"][0]["assistant"] for record in docvqa(folder, seed=42)[0]]
+    assert drawn == ["0", "number 1", "2", "number 3", "4", "5", "6", "number 7"]
+
+
 def test_docvqa_data_that_is_not_there(tmp_path):
     """The message names the flag that the data was given with."""
-    for split, flag in (("train", " --dataset"), ("test", " --eval_dataset")):
-        with pytest.raises(DataError, match=f"split '{split}' of .*{flag}_name_or_path"):
-            recipe("docvqa").load_dataset(given(seed=1), str(tmp_path / "no"), split)
+    folder = write_parquet(tmp_path / "a", "train", [examples_row(0)])
+    with pytest.raises(DataError, match="split 'train' of .* --dataset_name_or_path"):
+        docvqa(tmp_path / "no")
+    with pytest.raises(DataError, match="split 'test' of .* --eval_dataset_name_or_path"):
+        docvqa(folder)
 
 
 def test_docvqa_bad_rows(tmp_path):
     """An id of another row, or what cannot be trained, whichever answer is drawn: error or skip."""
-    docvqa = recipe("docvqa")
     bad = {
-        "row 1: id 'docvqa-page_0' is that of row 0 too": {"id": "page_0"},
-        "row 1: id is empty": {"id": None},
-        "row 1: answers must be texts": {"answers": []},
-        "row 1: answers .* none empty": {"answers": ["a", "b", "c", " "]},
-        "row 1: answers must be .*": {"answers": ["a", "b", "c", None]},
-        r"row 1: .*assistant contains '<\|end\|>'": {"answers": ["<|end|>"]},
-        "row 1: query has no text `en`": {"query": {"en": None, "de": "Welche?"}},
+        "id 'docvqa-page_0' is that of row 0 too": {"id": "page_0"},
+        "it needs an id, a text `en` in `query`, and `answers`": {"id": None},
+        "it needs .*, and `answers`": {"answers": []},
+        r"answers\[3\] is empty": {"answers": ["a", "b", "c", " "]},
+        r"(conversations\[0\].assistant|answers\[3\]) must be a string": {
+            "answers": ["a", "b", "c", None]
+        },
+        r"conversations\[0\].assistant contains '<\|end\|>'": {"answers": ["<|end|>"]},
+        "it needs .* a text `en`": {"query": {"en": None, "de": "Welche?"}},
     }
     for number, (message, changes) in enumerate(bad.items()):
         rows = [examples_row(0), {**examples_row(1), **changes}, examples_row(2)]
-        folder = str(write_parquet(tmp_path / str(number), "train", rows))
-        with pytest.raises(DataError, match=f"^{folder}: docvqa, {message}"):
-            docvqa.load_dataset(given(seed=1), folder, "train")
-        arguments = given(seed=1)
-        arguments.skip_bad_samples = True
-        kept = docvqa.load_dataset(arguments, folder, "train")
+        folder = write_parquet(tmp_path / str(number), "train", rows)
+        write_parquet(folder, "test", rows[:1])
+        with pytest.raises(DataError, match=f"^{folder}, row 1: {message}"):
+            docvqa(folder)
+        kept = docvqa(folder, skip_bad=True)[0]
         assert [record["id"] for record in kept] == ["docvqa-page_0", "docvqa-page_2"]
 
 
@@ -123,18 +143,15 @@ def test_hateful_memes_other_answers(tmp_path):
     answers = ["Yes", "no.", " No. ", "YES", "Maybe"]
     rows = [cauldron_row(i, 1, ("Hateful?", answer)) for i, answer in enumerate(answers)]
     folder = write_parquet(tmp_path / "memes", "train", rows)
-    arguments = given(dataset_name_or_path=str(folder), num_eval_rows=1)
-    message = r"row 4, texts\[0\]: assistant is 'Maybe', not Yes or No"
-    with pytest.raises(DataError, match=message):
-        recipe("hateful_memes").load_datasets(arguments)
-    arguments.skip_bad_samples = True
-    train, evaluation = recipe("hateful_memes").load_datasets(arguments)
+    flags = {"dataset_name_or_path": str(folder), "num_eval_rows": 1}
+    with pytest.raises(DataError, match="row 4: an answer is 'Maybe', not Yes or No"):
+        load("hateful_memes", **flags)
+    train, evaluation = load("hateful_memes", skip_bad=True, **flags)
     assert len(train) == 3 and len(evaluation) == 1
 
 
 def test_hateful_memes_challenge_files(tmp_path):
     """The challenge's own files: id, img, text and label."""
-    hateful = recipe("hateful_memes")
     (tmp_path / "img").mkdir()
     for name in ("train.jsonl", "dev_seen.jsonl"):
         lines = []
@@ -144,15 +161,19 @@ def test_hateful_memes_challenge_files(tmp_path):
             row = {"id": 100 + index, "img": image, "text": f"t {index}", "label": index % 2}
             lines.append(json.dumps(row))
         (tmp_path / name).write_text("\n".join(lines))
-    arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev_seen.jsonl")
-    train, evaluation = hateful.load_datasets(arguments)
+    flags = {
+        "dataset_name_or_path": str(tmp_path),
+        "eval_file": "dev_seen.jsonl",
+        "num_eval_rows": 1,
+    }
+    train, evaluation = load("hateful_memes", **flags)
     assert [record["id"] for record in train] == ["100", "101", "102"]
     turns = [record["conversations"][0] for record in evaluation]
     assert [turn["assistant"] for turn in turns] == ["No", "Yes", "No"]
     assert '"t 1" hateful?' in turns[1]["user"] and turns[1]["images"][0].endswith("img/d1.png")
     (tmp_path / "img" / "d2.png").unlink()
-    with pytest.raises(ValueError, match="dev_seen.jsonl, line 3: img: 'img/d2.png' is not a file"):
-        hateful.load_datasets(arguments)
+    with pytest.raises(ValueError, match="dev_seen.jsonl, line 3: .*'img/d2.png' cannot be read"):
+        load("hateful_memes", **flags)
 
 
 # ---------------------------------------------------------------- NLVR2
@@ -167,11 +188,10 @@ def test_nlvr2_cauldron(demo_checkpoint, tmp_path, monkeypatch):
         assert result["ids"] == ["nlvr2-0-0", "nlvr2-1-0"] and 0 <= result["accuracy"] <= 1
         assert result["answers_unique"] == ["false", "true"]
     bad = write_parquet(tmp_path / "bad", "train", [*rows, cauldron_row(7, 1, ("Same?", "True"))])
-    arguments = given(dataset_name_or_path=str(bad), num_eval_rows=2)
-    with pytest.raises(ValueError, match="row 6 has 1 images, not 2"):
-        recipe("nlvr2").load_datasets(arguments)
-    arguments.skip_bad_samples = True
-    assert [len(records) for records in recipe("nlvr2").load_datasets(arguments)] == [4, 2]
+    flags = {"dataset_name_or_path": str(bad), "num_eval_rows": 2}
+    with pytest.raises(DataError, match="bad, row 6: it has 1 images, not 2"):
+        load("nlvr2", **flags)
+    assert [len(records) for records in load("nlvr2", skip_bad=True, **flags)] == [4, 2]
 
 
 def test_nlvr2_official_files(demo_processor, tmp_path):
@@ -183,15 +203,15 @@ def test_nlvr2_official_files(demo_processor, tmp_path):
             picture(side).save(folder / f"{split}-85-0-img{side}.png")
         row = {"sentence": "Two dogs.", "label": "True", "identifier": f"{split}-85-0-1"}
         (tmp_path / f"{split}.json").write_text(json.dumps(row) + "\n")
-    arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev.json")
-    train, evaluation = recipe("nlvr2").load_datasets(arguments)
+    flags = {"dataset_name_or_path": str(tmp_path), "eval_file": "dev.json", "num_eval_rows": 1}
+    train, evaluation = load("nlvr2", **flags)
     assert [record["id"] for record in evaluation] == ["dev-85-0-1"]
     [turn] = train[0]["conversations"]
     assert turn["user"] == "Two dogs. Is this true or false?" and turn["assistant"] == "True"
     assert TrainingCollator(demo_processor)([train[0]])["pixel_values"].shape[0] == 2
     (tmp_path / "images" / "dev" / "dev-85-0-img1.png").unlink()
-    with pytest.raises(ValueError, match="dev.json, line 1: .* dev-85-0-img1.png .* is none"):
-        recipe("nlvr2").load_datasets(arguments)
+    with pytest.raises(ValueError, match=r"dev.json, line 1: needs .*img1.png.*, \[\]"):
+        load("nlvr2", **flags)
 
 
 def test_nlvr2_image_in_two_folders(tmp_path):
@@ -204,11 +224,10 @@ def test_nlvr2_image_in_two_folders(tmp_path):
         picture(0).save(tmp_path / folder / "a-1-0-img0.png")
     for name in ("a-0-0-img0.png", "a-0-0-img1.png", "a-1-0-img1.png"):
         picture(0).save(tmp_path / "first" / name)
-    arguments = given(dataset_name_or_path=str(tmp_path), eval_file="dev.json")
-    with pytest.raises(DataError, match="train.json, line 2: .*first/a-1.* and .*second/"):
-        recipe("nlvr2").load_datasets(arguments)
-    arguments.skip_bad_samples = True
-    for records in recipe("nlvr2").load_datasets(arguments):
+    flags = {"dataset_name_or_path": str(tmp_path), "eval_file": "dev.json", "num_eval_rows": 1}
+    with pytest.raises(DataError, match="train.json, line 2: .*first/a-1.*, .*second/"):
+        load("nlvr2", **flags)
+    for records in load("nlvr2", skip_bad=True, **flags):
         assert [record["id"] for record in records] == ["a-0-0-0"]
 
 
@@ -231,7 +250,7 @@ def test_nothing_is_fetched_for_local_folders(demo_checkpoint, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["docvqa", "hateful_memes", "nlvr2"])
-def test_columns_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
+def test_columns_that_do_not_fit(name, demo_checkpoint, tmp_path, monkeypatch):
     """The run ends before a model is loaded; the message lists found and expected columns."""
     folder = write_parquet(tmp_path / "other", "train", [{"picture": "a", "caption": "b"}])
     monkeypatch.setattr(
@@ -239,13 +258,13 @@ def test_columns_that_do_not_fit(name, tmp_path, monkeypatch, capsys):
         "argv",
         [
             name,
-            "--model_name_or_path=/no/such/model",
+            f"--model_name_or_path={demo_checkpoint}",
             f"--dataset_name_or_path={folder}",
             f"--output_dir={tmp_path / 'out'}",
             "--deepspeed=none",
         ],
     )
-    with pytest.raises(DataError, match="Found: picture, caption.*images, texts"):
+    with pytest.raises(DataError, match="Found: picture, caption.*{images, texts}"):
         recipe(name).main()
 
 
@@ -254,25 +273,22 @@ def test_wrong_texts_are_found_before_the_start(tmp_path):
     rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(4)]
     rows[2]["texts"][0]["user"] = "a<|end|>b"
     folder = write_parquet(tmp_path / "forged", "train", rows)
-    arguments = given(dataset_name_or_path=str(folder), num_eval_rows=1)
-    with pytest.raises(ValueError, match=r"nlvr2, row 2.*user contains '<\|end\|>'"):
-        recipe("nlvr2").load_datasets(arguments)
+    with pytest.raises(DataError, match=r"forged, row 2: .*user contains '<\|end\|>'"):
+        load("nlvr2", dataset_name_or_path=str(folder), num_eval_rows=1)
 
 
 def test_too_few_rows_to_split(tmp_path):
-    """Nothing left to train on is an error that names the flag."""
+    """Nothing left to train on is an error that says how many there are."""
     rows = [cauldron_row(i, 2, ("Same?", "True")) for i in range(3)]
     folder = write_parquet(tmp_path / "small", "train", rows)
-    arguments = given(dataset_name_or_path=str(folder), num_eval_rows=500)
-    with pytest.raises(ValueError, match="--num_eval_rows is 500 and the dataset has 3 rows"):
-        recipe("nlvr2").load_datasets(arguments)
+    with pytest.raises(DataError, match=r"small has 3 rows, none of them in train\[500:\]"):
+        load("nlvr2", dataset_name_or_path=str(folder), num_eval_rows=500)
 
 
 def test_a_dataset_that_is_not_there(tmp_path):
     """Neither a folder nor reachable on the hub: one message with what to give."""
-    arguments = given(dataset_name_or_path=str(tmp_path / "no"), num_eval_rows=2)
-    with pytest.raises(ValueError, match="cannot load split 'train' of .*--dataset_name_or_path"):
-        recipe("nlvr2").load_datasets(arguments)
+    with pytest.raises(DataError, match="cannot load split 'train.*' of .*--dataset_name_or_path"):
+        load("nlvr2", dataset_name_or_path=str(tmp_path / "no"), num_eval_rows=2)
 
 
 # ---------------------------------------------------------------- evaluation flags

@@ -108,7 +108,7 @@ def test_images_of_rows_are_not_read_for_the_check(monkeypatch):
         (lambda row: {"conversations": [{**TURN, "user": row["txt"]}]}, "KeyError: 'txt'"),
         (lambda row: {"conversations": [{**TURN, "user": row["text"] + 1}]}, "TypeError: can only"),
         (lambda row: {}, "missing: 'conversations'"),
-        (lambda row: None, "AttributeError: 'NoneType'"),
+        (lambda row: None, "TypeError: 'NoneType' object is not iterable"),
         (lambda row: [], "no record comes of it"),
         (lambda row: good(id="same"), "id 'same' is that of row 4 too"),
         (lambda row: good(answers=["a", " "]), r"answers\[1\] is empty"),

@@ -1,6 +1,6 @@
 """Rows or lines to records to batches: what a recipe imports."""
 
-from .prepare import prepare
+from .preparation import prepare
 from .records import Records, load_records
 from .sources import load_rows
 

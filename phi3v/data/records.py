@@ -13,7 +13,7 @@ what `datasets` makes of one of them. `answers` may list all accepted answers to
 import copy
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -113,11 +113,11 @@ class Records(Sequence):
 
     Args:
         rows: a `datasets.Dataset`, `Lines`, or any sequence.
-        to_record: a row to its record, or to a list of records where it has several questions.
-            Without it, rows are records. Images of a `datasets.Dataset` are not read while its rows
-            are checked, so it should hand them on as they are. Whatever it raises becomes a
-            DataError that names the row. A record without an id gets `<source>-<row>`, and in a
-            list `<source>-<row>-<number>`.
+        to_record: a row to its record, or to several: a list, or a generator. Without it, rows are
+            records. Images of a `datasets.Dataset` are not read while its rows are checked, so it
+            should hand them on as they are. Whatever it raises becomes a DataError that names the
+            row. A record without an id gets `<source>-<row>`, of several
+            `<source>-<row>-<number>`.
         origin: what the rows are called in messages. `Lines` and what `load_rows` returns know it.
         image_dir: the folder that images are paths in; they may not leave it.
     """
@@ -125,13 +125,13 @@ class Records(Sequence):
     def __init__(
         self,
         rows: Sequence,
-        to_record: Callable[[dict], dict | list[dict]] | None = None,
+        to_record: Callable[[dict], dict | Iterable[dict]] | None = None,
         origin: str | Path = "",
         image_dir: str | Path | None = None,
     ):
         self.rows, self.to_record, self.origin = rows, to_record, str(origin)
         self._folder = None if image_dir is None else ImageFolder(image_dir)
-        self._word, self._numbers, self._texts = "row", range(len(rows)), rows
+        self._word, self._numbers = "row", range(len(rows))
         if isinstance(rows, Lines):
             self._word, self._numbers, self.origin = "line", rows.numbers, str(rows.path)
         if isinstance(rows, datasets.Dataset):
@@ -139,7 +139,6 @@ class Records(Sequence):
             if ROW in rows.column_names:
                 self._numbers = rows.with_format("numpy")[ROW][:]
                 self.rows = rows.remove_columns(ROW)
-            self._texts = Texts(self.rows)
         # (records, 2): the index of a record's row, and its number there. None before `check`.
         self._keys: np.ndarray | None = None
 
@@ -177,8 +176,10 @@ class Records(Sequence):
 
     def find_bad(self, first_alone: bool = False) -> list[DataError]:
         """What `check` finds, and the records are without from now on; or not all of it."""
+        is_dataset = isinstance(self.rows, datasets.Dataset)
+        texts = Texts(self.rows) if is_dataset else self.rows
         checked = share_out(
-            self._check_row,
+            lambda row: self._check_row(row, texts),
             range(len(self.rows)),
             first_error=first_alone,
             # Hidden where the bars of `datasets` are.
@@ -201,14 +202,17 @@ class Records(Sequence):
         self._keys = np.array(keys, dtype=np.int64).reshape(-1, 2)
         return bad
 
-    def _check_row(self, row: int) -> list[str | DataError]:
+    def _check_row(self, row: int, texts: Sequence) -> list[str | DataError]:
         """
         The ids of a row's records; of several, a bad one is its error.
+
+        Args:
+            texts: the rows, perhaps without their images.
 
         Raises:
             DataError: the row, or its only record, is bad.
         """
-        made, ids = self._make(row, self._texts), []
+        made, ids = self._make(row, texts), []
         for record in made:
             try:
                 ids.append(self._record(row, record)["id"])
@@ -229,13 +233,13 @@ class Records(Sequence):
             if self.to_record is None:
                 return [content]
             made = self.to_record(content)
-            several = isinstance(made, list)
-            if several and not made:
-                raise DataError("no record comes of it. Remove it.")
+            several = not isinstance(made, dict)
             records = []
             for number, record in enumerate(made if several else [made]):
                 source = f"{record.get('source', 'row')}-{self._numbers[row]}"
                 records.append({"id": f"{source}-{number}" if several else source, **record})
+            if not records:
+                raise DataError("no record comes of it. Remove it.")
             return records
         except Exception as error:  # `to_record` is the recipe's own code
             raise self._error(row, error, content) from _cause(error)

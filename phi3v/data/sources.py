@@ -60,9 +60,6 @@ def load_rows(
             raise DataError("there is no such folder")
         else:
             rows = datasets.load_dataset(name, config, split=whole)
-        part = range(len(rows))[int(start or 0) : int(stop) if stop else None]
-        if not part:
-            raise DataError(f"it has {len(rows)} rows, none of them in {split}")
     except Exception as error:  # no network, no such id, no such split, a broken file
         while error.__cause__ is not None and not isinstance(error, DataError):
             error = error.__cause__
@@ -72,6 +69,9 @@ def load_rows(
             f"folder of parquet files or one of save_to_disk. Expected columns: {wanted}."
         ) from error
     _check_columns(rows, layouts, name)
+    part = range(len(rows))[int(start or 0) : int(stop) if stop else None]
+    if not part:
+        raise DataError(f"{name} has {len(rows)} rows, none of them in {split}. Take another part.")
     encoded = datasets.Image(decode=False)
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
