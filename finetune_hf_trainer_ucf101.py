@@ -95,7 +95,9 @@ def main():
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=TrainingCollator(processor, with_ids=True),
+        data_collator=TrainingCollator(
+            processor, blank_image=training_args.world_size > 1, for_trainer=True
+        ),
         train_dataset=train_dataset,
         callbacks=[LossWatch(), throughput, checkpoints],
     )

@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 
 from helpers.records import RECORDS
 from helpers.trainers import arguments, make_trainer
-from phi3v.data.collators import TrainingCollator
 from phi3v.errors import RunError, explanation
 from phi3v.training.checkpoints import (
     CheckpointCallback,
@@ -164,7 +163,6 @@ def test_many_steps_hold_no_memory(demo_checkpoint, tmp_path):
     """Hundreds of steps end with the memory that the first hundred had."""
     args = arguments(demo_checkpoint, tmp_path, "--batch_size", "1", "--num_train_epochs", "130")
     trainer = make_trainer(args)
-    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
     held = {}
 
     class Measure(TrainerCallback):
@@ -233,7 +231,6 @@ def poisoned_trainer(demo_checkpoint, folder, *steps: int, fp16: bool = False):
     args = arguments(demo_checkpoint, folder, "--batch_size", "1", "--num_train_epochs", "10")
     records = [{**one, "id": f"sample-{i}"} for i, one in enumerate(RECORDS)]
     trainer = make_trainer(args, records, [LossWatch()])
-    trainer.data_collator = TrainingCollator(load_processor(args), with_ids=True)
     trainer.args.fp16 = fp16  # what LossWatch looks at; a CPU computes in float32 all the same
     forward, calls = trainer.model.forward, []
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from conftest import GOLDEN
+from helpers.forward_cases import at_labels
 from helpers.recipes import run
 from helpers.records import RECORDS, image, record, turn
 from helpers.trainers import arguments, make_trainer
@@ -81,7 +82,7 @@ def counted(batch: dict, crop_size: int = 28) -> dict[str, int]:
 def test_counts_of_a_padded_batch():
     """Padding, the first label and an image's own padding to the batch's crops do not count."""
     batch = {
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "lengths": [4, 2],
         "labels": torch.tensor([[7, -100, 7, 7], [-100, 7, -100, -100]]),
         "image_sizes": torch.tensor([[28, 84], [56, 56]]),
     }
@@ -97,14 +98,14 @@ def test_counts_of_a_padded_batch():
 
 def test_counts_of_a_packed_row(demo_processor):
     """Samples that share a row are counted like the same samples in rows of their own."""
-    collator = TrainingCollator(demo_processor)
+    collator = TrainingCollator(demo_processor, for_trainer=True)
     assert counted(collator([RECORDS])) == counted(collator(RECORDS))
 
 
 def test_counts_without_images():
     """A batch of texts alone sees no crop."""
     ids = torch.ones(1, 3, dtype=torch.long)
-    numbers = counted({"attention_mask": ids, "labels": ids})
+    numbers = counted({"lengths": [3], "labels": ids})
     assert (numbers["images"], numbers["crops"], numbers["pairs"]) == (0, 0, 6)
 
 
@@ -136,8 +137,8 @@ def test_flops_are_those_that_pytorch_counts(demo_checkpoint, trained):
     ids[:, :length] = image_token
     batch = {
         "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.where(ids != image_token, -100),
+        "lengths": [ids.shape[1]],
+        **at_labels(ids.where(ids != image_token, -100)),
         "pixel_values": torch.zeros(1, 3, 3, vision.crop_size, vision.crop_size),
         "image_sizes": torch.tensor([[vision.crop_size, 2 * vision.crop_size]]),
     }
@@ -221,9 +222,10 @@ def test_every_log_line_and_the_summary(demo_checkpoint, tmp_path, capsys):
     assert "Training: 9 samples in" in printed and "peak memory" in printed
 
     total = throughput_of(trainer).total
-    batch = TrainingCollator(load_processor(arguments(demo_checkpoint, tmp_path)))(RECORDS)
+    processor = load_processor(arguments(demo_checkpoint, tmp_path))
+    batch = TrainingCollator(processor, for_trainer=True)(RECORDS)
     assert total["samples"] == 9
-    assert total["tokens"] == 3 * int(batch["attention_mask"].sum())
+    assert total["tokens"] == 3 * sum(batch["lengths"])
     assert total["labels"] == 3 * int((batch["labels"] != -100).sum())
     assert total["images"] == 3 * len(batch["image_sizes"])
     assert summary(trainer)["train_tokens_per_second"] == total["tokens"] / total["seconds"]

@@ -18,7 +18,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..data.collators import GenerationCollator
 from ..distributed import any_rank, print_first
 from ..errors import RunError, record_failure
-from ..model.modeling_phi3_v import join_crops
 from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
 from .checkpoints import CheckpointCallback
@@ -155,7 +154,7 @@ def generate(
     loader = DataLoader(
         Subset(records, rounds),
         batch_size=args.eval_batch_size_per_gpu,
-        collate_fn=GenerationCollator(processor),
+        collate_fn=GenerationCollator(processor, blank_image=zero3),
         num_workers=trainer.args.dataloader_num_workers,
         pin_memory=device.type == "cuda",
         # Of its own: training goes on with the random state that it had.
@@ -190,13 +189,6 @@ def generate(
             if any_rank(stopping.received(), device) if zero3 else stopping.received():
                 break
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            if "crop_levels" in batch:
-                batch["pixel_values"] = join_crops(
-                    batch["pixel_values"],
-                    batch.pop("crop_levels"),
-                    batch.pop("level_values"),
-                    batch["image_sizes"],
-                )
             output = model.generate(**batch, generation_config=greedy)
             answers = output.sequences[:, batch["input_ids"].shape[1] :]
             texts += processor.batch_decode(answers, skip_special_tokens=True)

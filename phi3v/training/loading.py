@@ -172,7 +172,7 @@ def _load_config(flag: str, folder: Path) -> Phi3VConfig:
             )
         if config.tie_word_embeddings:
             raise RunError(f"{flag}: config.json: tie_word_embeddings has to be false.")
-        vision, rope = config.get_vision_config(), config.rope_parameters
+        vision, rope = config.vision_config, config.rope_parameters
         if rope["rope_type"] != "longrope":
             raise RunError(f"{flag}: config.json: rope_scaling has to be of type su.")
         positive = {name: getattr(config, name) for name in (*SIZES, "num_key_value_heads")}
@@ -221,7 +221,7 @@ def _check_image_processor(flag: str, processor: Phi3VImageProcessor, config: Ph
             f"{flag}: its image processor is a {type(processor).__name__}, not a "
             "Phi3VImageProcessor. Take preprocessor_config.json of Phi-3.5-vision."
         )
-    vision = config.get_vision_config()
+    vision = config.vision_config
     crop, size = processor.crop_size, vision.image_size
     if (crop["height"], crop["width"]) != (size, size):
         raise RunError(
@@ -435,7 +435,7 @@ def _check_tensors(flag: str, shards: list[Path], config: Phi3VConfig) -> None:
         found.setdefault(EMBEDDING, alias)
     # Before the model is built, even without memory for its weights: of a billion layers it would
     # take for ever.
-    counts = (config.num_hidden_layers, config.get_vision_config().num_hidden_layers)
+    counts = (config.num_hidden_layers, config.vision_config.num_hidden_layers)
     for (field, pattern), count in zip(LAYERS.items(), counts, strict=True):
         held = len({match[1] for name in found if (match := pattern.match(name))})
         if held != count:
@@ -548,7 +548,7 @@ def lora_config(args: argparse.Namespace, model: Phi3VForCausalLM) -> LoraConfig
     targets = list(LANGUAGE_TARGETS)
     if not args.freeze_vision_model:
         targets += VISION_TARGETS + PROJECTION_TARGETS
-    last = model.config.get_vision_config().num_hidden_layers - 1
+    last = model.config.vision_config.num_hidden_layers - 1
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,

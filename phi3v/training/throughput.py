@@ -66,7 +66,7 @@ def training_flops(model: nn.Module) -> dict[str, int]:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder, vision = base.model, base.model.vision_embed_tokens
-    tower, config = vision.img_processor.vision_model, base.config.get_vision_config()
+    tower, config = vision.img_processor.vision_model, base.config.vision_config
     patches = (config.image_size // config.patch_size) ** 2
     positions = patches + 1  # one for the class token
     walk = _Walk()
@@ -133,23 +133,18 @@ class _Walk:
 
 def count_batch(batch: dict[str, torch.Tensor], crop_size: int) -> torch.Tensor:
     """
-    `COUNTED` of a batch of `TrainingCollator`: (6,), on the batch's device. Nothing here waits for
-    the device.
+    `COUNTED` of a batch of `TrainingCollator` with `for_trainer`: (6,), on the batch's device.
+    Nothing here waits for the device.
     """
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None:
-        lengths = mask.sum(-1)
-        samples, tokens = lengths.new_full((), len(lengths)), lengths.sum()
-        pairs = (lengths * (lengths + 1) // 2).sum()
-    else:  # packed rows: no padding, and every sample starts at 0
-        samples, tokens = (positions == 0).sum(), positions.new_full((), positions.numel())
-        pairs = (positions + 1).sum()
+    lengths = torch.tensor(batch["lengths"])
+    counts = [len(lengths), int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())]
     labels = (batch["labels"][:, 1:] != -100).sum()
-    images = crops = torch.zeros_like(tokens)
-    sizes = batch.get("image_sizes")
-    if sizes is not None:
-        images = torch.full_like(tokens, len(sizes))
-        crops = (sizes.to(tokens.device, non_blocking=True) // crop_size).prod(-1).sum() + images
+    images = crops = torch.zeros_like(labels)
+    if (sizes := batch.get("image_sizes")) is not None:
+        sizes = sizes.to(labels.device, non_blocking=True)
+        images = (sizes[:, 0] > 0).sum()  # a blank one has no size, but its crop is encoded
+        crops = (sizes // crop_size).prod(-1).sum() + len(sizes)
+    samples, tokens, pairs = (labels.new_tensor(count) for count in counts)
     return torch.stack([samples, tokens, pairs, labels, images, crops])
 
 
@@ -204,6 +199,7 @@ class ThroughputCallback(TrainerCallback):
         def count(module, inputs, named_inputs):
             if module.training:
                 self.counts = self.counts + count_batch(named_inputs, crop_size)
+            named_inputs.pop("lengths", None)
 
         self.hook = model.register_forward_pre_hook(count, with_kwargs=True)
 

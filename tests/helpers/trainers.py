@@ -35,7 +35,7 @@ def make_trainer(
     trainer = Trainer(
         model=load_model(args, training_args),
         args=training_args,
-        data_collator=TrainingCollator(load_processor(args)),
+        data_collator=TrainingCollator(load_processor(args), for_trainer=True),
         train_dataset=records,
         callbacks=[throughput, *callbacks],
     )
