@@ -10,7 +10,6 @@ from conftest import GOLDEN
 from golden_util import make_image, unrle
 from helpers.records import RECORDS, image, record, turn
 from phi3v.data.collators import GenerationCollator, TrainingCollator
-from phi3v.model.modeling_phi3_v import join_crops
 
 FORWARD = json.loads((GOLDEN / "forward.json").read_text())["cases"]
 
@@ -42,54 +41,45 @@ def test_labels_are_every_assistant_turn_and_nothing_else(demo_processor):
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
 
 
-def test_the_mask_comes_from_lengths(demo_processor):
-    """The trained <|endoftext|>, which is the padding token too, is attended to."""
-    batch = TrainingCollator(demo_processor)(RECORDS)
+def test_padding_is_on_the_right(demo_processor):
+    """
+    Then no mask is needed. The trained <|endoftext|>, which is the padding token too, is a token of
+    the row. The Trainer learns ids and lengths.
+    """
+    assert "attention_mask" not in TrainingCollator(demo_processor)(RECORDS)
+    batch = TrainingCollator(demo_processor, for_trainer=True)(RECORDS)
     end = demo_processor.tokenizer.pad_token_id
-    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-        length = int(mask.sum())
-        assert mask[:length].all() and ids[length - 1] == end and (ids[length:] == end).all()
+    assert batch["ids"] == [record["id"] for record in RECORDS]
+    assert max(batch["lengths"]) == batch["input_ids"].shape[1]
+    for ids, labels, length in zip(
+        batch["input_ids"], batch["labels"], batch["lengths"], strict=True
+    ):
+        assert ids[length - 1] == labels[length - 1] == end != ids[length - 2]
+        assert (ids[length:] == end).all() and (labels[length:] == -100).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_are_kept_where_the_next_token_has_a_label(demo_processor, packed):
+    """Every label but a row's first comes once, at the position before it."""
+    batch = TrainingCollator(demo_processor)([RECORDS] if packed else RECORDS)
+    kept, labels = batch["logits_to_keep"], batch["labels"]
+    assert kept.dtype == torch.bool and kept.shape == labels.shape and not kept[:, -1].any()
+    assert torch.equal(kept[:, :-1], labels[:, 1:] != -100)
+    assert torch.equal(batch["shift_labels"], labels[labels != -100])
 
 
 def test_training_continues_the_generation_prompt(demo_processor):
     """A record is trained on exactly the prompt that evaluation generates from."""
-    training = TrainingCollator(demo_processor)(RECORDS)
+    training = TrainingCollator(demo_processor, for_trainer=True)(RECORDS)
     generation = GenerationCollator(demo_processor)(RECORDS)
     for row in range(len(RECORDS)):
         prompt = generation["input_ids"][row][generation["attention_mask"][row].bool()]
-        trained = training["input_ids"][row][training["attention_mask"][row].bool()]
+        trained = training["input_ids"][row, : training["lengths"][row]]
         answer = trained[len(prompt) :]
         assert torch.equal(trained[: len(prompt)], prompt)
         last = RECORDS[row]["conversations"][-1]["assistant"]
         assert demo_processor.tokenizer.decode(answer).startswith(last)
     assert torch.equal(training["pixel_values"], generation["pixel_values"])
-
-
-def test_workers_hand_over_bytes_and_no_padding(demo_processor):
-    """Local crops as uint8, real ones only; joined, they are the processor's pixels bit for bit."""
-    records = [RECORDS[0], RECORDS[2]]
-    demo_processor.image_processor.num_crops = 4
-    try:
-        batch = TrainingCollator(demo_processor)(records)
-        images = [
-            image
-            for record in records
-            for turn in record["conversations"]
-            for image in turn["images"]
-        ]
-        encoded = demo_processor.image_processor(images, return_tensors="pt")
-    finally:
-        demo_processor.image_processor.num_crops = 1
-    names = ("pixel_values", "crop_levels", "level_values", "image_sizes")
-    joined = join_crops(*(batch[name] for name in names))
-    wanted = encoded["pixel_values"]
-    assert torch.equal(joined, wanted[:, : joined.shape[1]])
-    assert not wanted[:, joined.shape[1] :].any()
-    assert batch["crop_levels"].dtype == torch.uint8
-    size = demo_processor.image_processor.crop_size["height"]
-    crops = (encoded["image_sizes"] // size).prod(-1)
-    assert len(batch["crop_levels"]) == crops.sum() > len(images)
-    assert batch["pixel_values"].shape[:2] == (len(images), 1)
 
 
 def test_generation_is_padded_on_the_left(demo_processor):
@@ -101,10 +91,15 @@ def test_generation_is_padded_on_the_left(demo_processor):
 
 
 def test_batches_without_images(demo_processor):
-    """A text-only batch has no pixel_values at all."""
+    """A text-only batch has no pixel_values at all, or a blank image where that is asked for."""
     for collator in (TrainingCollator, GenerationCollator):
         batch = collator(demo_processor)([RECORDS[1], RECORDS[1]])
         assert "pixel_values" not in batch and "image_sizes" not in batch
+        blank = collator(demo_processor, blank_image=True)([RECORDS[1], RECORDS[1]])
+        size = demo_processor.image_processor.crop_size["height"]
+        assert torch.equal(blank.pop("pixel_values"), torch.zeros(1, 1, 3, size, size))
+        assert blank.pop("image_sizes").tolist() == [[0, 0]] and blank.keys() == batch.keys()
+        assert collator(demo_processor, blank_image=True)(RECORDS)["image_sizes"].all()
 
 
 def test_rows_do_not_depend_on_their_batch(demo_processor):

@@ -294,7 +294,7 @@ def test_batches(demo_processor, drawn):
     processor = demo_processor.image_processor
     sizes = [size for record in batch_records for size in image_sizes(record)]
     assume(all(max(size) < 50 * min(size) for size in sizes))
-    training = TrainingCollator(demo_processor)(batch_records)
+    training = TrainingCollator(demo_processor, for_trainer=True)(batch_records)
     generation = GenerationCollator(demo_processor)(batch_records)
     placeholders = (training["input_ids"] == demo_processor.image_token_id).sum()
     assert placeholders == sum(
@@ -305,7 +305,7 @@ def test_batches(demo_processor, drawn):
         assert len(training["pixel_values"]) == len(training["image_sizes"]) == len(sizes)
         assert torch.equal(training["pixel_values"], generation["pixel_values"])
     for row, record in enumerate(batch_records):
-        ids = training["input_ids"][row][training["attention_mask"][row].bool()].tolist()
+        ids = training["input_ids"][row, : training["lengths"][row]].tolist()
         prompt = generation["input_ids"][row][generation["attention_mask"][row].bool()].tolist()
         labels = training["labels"][row].tolist()
         assert ids[: len(prompt)] == prompt and len(ids) == count_tokens(demo_processor, record)

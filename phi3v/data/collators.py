@@ -57,7 +57,7 @@ class TrainingCollator:
         packed = isinstance(records[0], list)
         if packed:
             records = [record for pack in records for record in pack]
-        prompts, batch = encode_prompts(self.processor, records, self.blank_image)
+        prompts, image_inputs = encode_prompts(self.processor, records, self.blank_image)
         answers = self.processor.tokenizer(
             [
                 f"{record['conversations'][-1]['assistant']}<|end|>\n<|endoftext|>"
@@ -71,18 +71,20 @@ class TrainingCollator:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if packed:
-            batch["input_ids"], batch["labels"] = _join(ids), _join(labels)
+            batch = {"input_ids": _join(ids), "labels": _join(labels)}
             batch["position_ids"] = _join([range(len(row)) for row in ids])
         else:
-            batch["input_ids"] = _pad(ids, self.processor.tokenizer.pad_token_id, "right")
-            batch["labels"] = _pad(labels, IGNORED, "right")
+            batch = {
+                "input_ids": _pad(ids, self.processor.tokenizer.pad_token_id, "right"),
+                "labels": _pad(labels, IGNORED, "right"),
+            }
         shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         batch["logits_to_keep"] = shifted != IGNORED
         batch["shift_labels"] = shifted[batch["logits_to_keep"]]
         if self.for_trainer:
             batch["ids"] = [record["id"] for record in records]
             batch["lengths"] = [len(row) for row in ids]
-        return batch
+        return {**batch, **image_inputs}
 
     def _earlier_answers(self, prompt: list[int]) -> list[int]:
         """Labels of a prompt: what stands between <|assistant|> and the next <|user|>."""
