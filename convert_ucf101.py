@@ -183,7 +183,8 @@ def convert(args: argparse.Namespace) -> int:
         root = stack.enter_context(video_root(args))
         videos = find_videos(root)
         classes = check_videos(videos, root)
-        problems = [f"ignored: {name}" for name in list_ignored(root, videos)]
+        ignored = list_ignored(root, videos)
+        problems = [f"ignored: {len(ignored)} files: {', '.join(ignored[:10])}"] if ignored else []
         folder = stack.enter_context(FrameFolder(args.out_dir, jsonl.values()))
         lines = folder.convert(videos, args.num_frames, args.num_workers, args.max_video_gb)
         stack.enter_context(closing(lines))
