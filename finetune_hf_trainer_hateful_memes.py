@@ -29,13 +29,7 @@ from datasets import Image
 from peft import LoraConfig
 
 from phi3v.data import Records, load_rows, prepare
-from phi3v.training import (
-    Phi3VTrainer,
-    RecipeParser,
-    load_model,
-    load_processor,
-    training_arguments,
-)
+from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy, auroc
 
 YES, NO = "Yes", "No"
@@ -131,7 +125,7 @@ def lora_config(args) -> LoraConfig:
 
 def main():
     args = get_arguments()
-    training_args = training_arguments(
+    training_args = trainer_arguments(
         args,  # its flags win: --optim adamw_bnb_8bit, --report_to wandb, ...
         optim="adamw_torch_fused",
         adam_beta1=0.9,

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from helpers.records import RECORDS
 from helpers.trainers import SETTINGS, arguments, make_trainer
 from phi3v.errors import RunError, explanation
-from phi3v.training import training_arguments
+from phi3v.training import trainer_arguments
 from phi3v.training.checkpoints import fingerprint
 from phi3v.training.launch import _prepare_deepspeed
 from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
@@ -52,7 +52,7 @@ def resume(demo_checkpoint, folder, *flags) -> str | None:
     args = arguments(
         demo_checkpoint, folder, *("--batch_size", "1", "--resume_from_checkpoint", *flags)
     )
-    return training_arguments(args, **SETTINGS).resume_from_checkpoint
+    return trainer_arguments(args, **SETTINGS).resume_from_checkpoint
 
 
 def test_newest_complete_one(demo_checkpoint, copy):

@@ -9,12 +9,12 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from phi3v.training.evaluation import generate
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
 from phi3v import Phi3VProcessor
 from phi3v.errors import RunError
-from phi3v.training.evaluation import generate
 from phi3v.training.loading import load_processor, load_weights
 from test_collators import RECORDS
 from test_training import arguments, make_trainer

@@ -16,7 +16,7 @@ from conftest import REPO
 from helpers.launcher import torchrun
 from helpers.trainers import SETTINGS, arguments, make_trainer
 from phi3v.errors import RunError
-from phi3v.training import RecipeParser, training_arguments
+from phi3v.training import RecipeParser, trainer_arguments
 from phi3v.training.checkpoints import bytes_to_write
 from phi3v.training.merging import merge_adapter
 from phi3v.training.output_folder import COMPLETE, LAST_RESULT, OutputFolder, incompleteness
@@ -60,7 +60,7 @@ def output(finished, tmp_path) -> Path:
 def lora(checkpoint, folder, *flags):
     flags = ("--use_lora", "--lora_rank", "2", "--batch_size", "1", *flags)
     args = arguments(checkpoint, folder, *flags)
-    return training_arguments(args, **SETTINGS).resume_from_checkpoint
+    return trainer_arguments(args, **SETTINGS).resume_from_checkpoint
 
 
 # ---------------------------------------------------------------- what is refused
@@ -164,7 +164,7 @@ def test_overwriting_removes_what_our_run_wrote(demo_checkpoint, output):
         (output / name).write_text(text)
     before = files_below(output)
     args = arguments(demo_checkpoint, output, "--overwrite_output_dir", "--batch_size", "1")
-    assert training_arguments(args).resume_from_checkpoint is None
+    assert trainer_arguments(args).resume_from_checkpoint is None
     assert files_below(output) == before, "nothing goes before the model is loaded"
     make_trainer(args)
     left = files_below(output)

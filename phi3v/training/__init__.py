@@ -1,7 +1,7 @@
 """Flags to a trained folder: what a recipe imports."""
 
 from .arguments import RecipeParser
-from .launch import training_arguments
+from .launch import trainer_arguments
 from .loading import load_model, load_processor
 from .trainer import Phi3VTrainer, Result
 
@@ -11,5 +11,5 @@ __all__ = [
     "Result",
     "load_model",
     "load_processor",
-    "training_arguments",
+    "trainer_arguments",
 ]

@@ -66,7 +66,7 @@ class RecipeParser(argparse.ArgumentParser):
     """
     A parser with the flags of every recipe. A recipe adds its own.
 
-    Any other argument of transformers' TrainingArguments is a flag too, see `training_arguments`.
+    Any other argument of transformers' TrainingArguments is a flag too, see `trainer_arguments`.
 
     Args:
         description: the script's docstring.

@@ -28,8 +28,8 @@ from .output_folder import COMPLETE, OutputFolder, incompleteness
 
 FINGERPRINT_SAMPLES = 1000
 
-# Flags of all recipes that change neither the trained weights nor the order of the samples. Those of
-# single recipes say where the data lies; a fingerprint tells whether they are the same data.
+# Flags of all recipes that change neither the trained weights nor the order of the samples. Flags of
+# single recipes say where the data lies; a fingerprint tells whether it is the same.
 HARMLESS = {
     *("output_dir", "tqdm", "dataloader_num_workers", "merge_lora", "skip_bad_samples"),
     *("eval_only", "eval_steps", "eval_batch_size_per_gpu", "max_new_tokens"),
@@ -143,9 +143,7 @@ def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[P
         )
 
 
-def run_settings(
-    args: argparse.Namespace, training_args: TrainingArguments
-) -> dict[str, object]:
+def run_settings(args: argparse.Namespace, training_args: TrainingArguments) -> dict[str, object]:
     """All that the trained weights depend on, but for the data, as JSON has it."""
     shared = vars(RecipeParser("").parse_known_args([])[0]).keys() - HARMLESS
     settings = {name: getattr(args, name) for name in shared}
@@ -179,7 +177,9 @@ def take_over(
 
     def take() -> None:
         if checkpoint:
-            check_settings(f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings)
+            check_settings(
+                f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings
+            )
         elif args.resume_from_checkpoint is not None and folder.record["settings"] is not None:
             check_settings(f"{folder.path} holds a run", folder.record["settings"], settings)
         with phase(f"--output_dir {args.output_dir}"):

@@ -1,4 +1,4 @@
-"""From the flags to TrainingArguments: the process group, DeepSpeed, and what is printed by whom."""
+"""From the flags to TrainingArguments: the process group, DeepSpeed, and who prints what."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 TIMEOUT = timedelta(minutes=10)
 
 
-def training_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArguments:
+def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArguments:
     """
     TrainingArguments from the recipe's own settings and the flags, where flags win.
 
@@ -53,8 +53,7 @@ def training_arguments(args: argparse.Namespace, **recipe: object) -> TrainingAr
     from_flags = {
         "output_dir": args.output_dir,
         "per_device_train_batch_size": args.batch_size_per_gpu,
-        "gradient_accumulation_steps": args.batch_size
-        // (world_size() * args.batch_size_per_gpu),
+        "gradient_accumulation_steps": args.batch_size // (world_size() * args.batch_size_per_gpu),
         "per_device_eval_batch_size": args.eval_batch_size_per_gpu,
         "num_train_epochs": args.num_train_epochs,
         "learning_rate": args.learning_rate,

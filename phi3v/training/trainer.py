@@ -51,7 +51,7 @@ class Phi3VTrainer(Trainer):
     resumed from after any kill.
 
     Args:
-        args: from `training_arguments`.
+        args: from `trainer_arguments`.
         flags: the recipe's flags.
         processing_class: the processor; it is saved with the model.
         compute_metrics: all [`Result`]s of an evaluation to named numbers.

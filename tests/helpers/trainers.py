@@ -4,14 +4,7 @@ import argparse
 
 from finetune_hf_trainer_ucf101 import lora_config
 from helpers.records import RECORDS
-from phi3v.training import (
-    Phi3VTrainer,
-    RecipeParser,
-    load_model,
-    load_processor,
-    training_arguments,
-)
-
+from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 
 # Those of the recipes, but that every step is logged and the rate is high from the first one on.
 SETTINGS = {
@@ -37,13 +30,13 @@ def arguments(checkpoint, output_dir, *flags: str) -> argparse.Namespace:
 
 def loaded(args: argparse.Namespace):
     """The model, as a recipe loads it."""
-    return load_model(args, training_arguments(args), lora_config(args))
+    return load_model(args, trainer_arguments(args), lora_config(args))
 
 
 def make_trainer(
     args: argparse.Namespace, records: list[dict] = RECORDS, **options: object
 ) -> Phi3VTrainer:
-    training_args = training_arguments(args, **SETTINGS)
+    training_args = trainer_arguments(args, **SETTINGS)
     return Phi3VTrainer(
         model=load_model(args, training_args, lora_config(args)),
         args=training_args,
