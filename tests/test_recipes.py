@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from phi3v.training.evaluation import Result
+from phi3v.training import Result
 
 from helpers.recipes import recipe, run
 from phi3v.data.collators import TrainingCollator
