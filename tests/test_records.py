@@ -10,6 +10,7 @@ from PIL import Image
 from phi3v.data.images import load_images
 from phi3v.data.records import Records, check_record, load_records, to_messages
 from phi3v.data.rows import Lines
+from phi3v.data.sources import load_rows
 from phi3v.errors import DataError
 
 TURN = {"user": "a", "assistant": "b"}
@@ -146,7 +147,7 @@ def test_lines_with_columns(tmp_path):
     """Of other files of json lines: every field is there, and of its type."""
     columns = {"id": (int, str), "label": int, "more": object}
     lines = Lines(write(tmp_path, {"id": 1, "label": 0, "more": None, "other": 3}, "[1]"), columns)
-    assert lines[0]["other"] == 3
+    assert lines[0]["other"] == load_rows(lines.path)[0]["other"] == 3
     bad = {
         '{"id": 1}': "wrong fields .missing: 'label', 'more'.. Required: id, label, more",
         '{"id": 1.5, "label": 1, "more": 1}': "id must be a number or a string",

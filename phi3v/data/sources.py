@@ -33,7 +33,7 @@ def load_rows(
     Args:
         layouts: the columns that the recipe reads, in every form in which it knows the dataset:
             `{"image": datasets.Image, "query": {"en": str}, "answers": [str], "id": object}`. One
-            has to fit.
+            has to fit. Without any, columns are not checked.
         config: of a hub dataset with several.
         split: also a part of one, such as "train[500:]".
         flag: that `name_or_path` was given with, for messages.
@@ -48,8 +48,7 @@ def load_rows(
     """
     name = str(name_or_path)
     if name.endswith((".json", ".jsonl")):
-        [columns] = layouts
-        return Lines(name, columns)
+        return Lines(name, *layouts)
     folder = Path(name)
     whole, start, stop = PART.fullmatch(split).groups()
     try:
@@ -66,9 +65,11 @@ def load_rows(
         wanted = ", or ".join(_words(columns) for columns in layouts)
         raise DataError(
             f"cannot load split {split!r} of {name}: {first_line(error)}. Give {flag} a hub id, a "
-            f"folder of parquet files or one of save_to_disk. Expected columns: {wanted}."
+            "folder of parquet files or one of save_to_disk"
+            f"{', with the columns ' if layouts else ''}{wanted}."
         ) from error
-    _check_columns(rows, layouts, name)
+    if layouts:
+        _check_columns(rows, layouts, name)
     part = range(len(rows))[int(start or 0) : int(stop) if stop else None]
     if not part:
         raise DataError(f"{name} has {len(rows)} rows, none of them in {split}. Take another part.")
