@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from phi3v.training.training import save_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -98,10 +97,8 @@ def test_training_on_packed_rows(demo_checkpoint, tmp_path, capsys):
     assert 1 < len(rows) < len(MORE)
     trainer = make_trainer(args, rows)
     trainer.train()
-    save_model(trainer, processor, args)
-    callback = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "total"))
-    assert callback.total["samples"] == len(MORE)
-    assert callback.total["tokens"] == sum(count_tokens(processor, one) for one in MORE)
+    assert trainer.meter.total["samples"] == len(MORE)
+    assert trainer.meter.total["tokens"] == sum(count_tokens(processor, one) for one in MORE)
     assert f"5 samples in {len(rows)} rows" in capsys.readouterr().out
 
 
