@@ -136,9 +136,8 @@ class Phi3VImageEmbedding(nn.Module):
             image_order = token_order(rows, columns, m)
             orders.append(torch.where(image_order < 0, image_order, image_order + first))
             first += count * m * m
-        crops = torch.cat(
-            [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
-        )
+        crops = [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
+        crops = torch.cat(crops) if len(crops) > 1 else crops[0]  # one image's are not copied
         patches = self.img_processor(crops)  # (crops, g * g, c)
         merged = (
             patches.view(len(patches), m, 2, m, 2, -1)
