@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
-from phi3v.data.video import Video, convert_video
+from phi3v.data.frame_folder import Video, convert_video
 
 CONVERTER = Path(__file__).resolve().parent.parent / "convert_ucf101.py"
 # On a disk the state of the file system would be measured as well: ext4 here took 0.4 ms, not 0.02,

@@ -36,7 +36,7 @@ class Mutant(NamedTuple):
     tests: str  # files of tests/, without .py
 
 
-VIDEO = "phi3v/data/video.py"
+VIDEO, FRAME_FOLDER = "phi3v/data/video.py", "phi3v/data/frame_folder.py"
 MODEL, IMAGES = "phi3v/model/modeling_phi3_v.py", "phi3v/model/image_processing_phi3_v.py"
 CHECKPOINTS, OUTPUT = "phi3v/training/checkpoints.py", "phi3v/training/output_folder.py"
 
@@ -501,14 +501,14 @@ MUTANTS = [
     ),
     Mutant(
         "converter: a changed image is kept",
-        VIDEO,
+        FRAME_FOLDER,
         ' and found == old["files"]',
         "",
         "test_convert_ucf101",
     ),
     Mutant(
         "converter: a worker outlives its killed parent",
-        VIDEO,
+        FRAME_FOLDER,
         "multiprocessing.parent_process().join()",
         "threading.Event().wait()",
         "test_convert_ucf101",
