@@ -36,6 +36,7 @@ class Mutant(NamedTuple):
     tests: str  # files of tests/, without .py
 
 
+VIDEO, FRAME_FOLDER = "phi3v/data/video.py", "phi3v/data/frame_folder.py"
 MODEL, IMAGES = "phi3v/model/modeling_phi3_v.py", "phi3v/model/image_processing_phi3_v.py"
 CHECKPOINTS, OUTPUT = "phi3v/training/checkpoints.py", "phi3v/training/output_folder.py"
 
@@ -511,23 +512,44 @@ MUTANTS = [
     # ---- The converter
     Mutant(
         "converter: frames are taken from the middle",
-        "convert_ucf101.py",
+        VIDEO,
         "return [i * count // num_frames for i in range(num_frames)]",
         "return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]",
         "test_convert_ucf101",
     ),
     Mutant(
-        "converter: a failed video's number is used again",
+        "converter: ids start at one",
         "convert_ucf101.py",
-        '                    id = f"{split}-{len(videos):010d}"',
-        '                    id = f"{split}-{len(videos) + 1:010d}"',
+        "{len(videos):010d}",
+        "{len(videos) + 1:010d}",
         "test_convert_ucf101",
     ),
     Mutant(
         "converter: ffmpeg opens any format",
-        "convert_ucf101.py",
+        VIDEO,
         '"format_whitelist": CONTAINERS, ',
         "",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: a changed image is kept",
+        FRAME_FOLDER,
+        ' and found == old["files"]',
+        "",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: a worker outlives its killed parent",
+        FRAME_FOLDER,
+        "multiprocessing.parent_process().join()",
+        "threading.Event().wait()",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: an archive's header that is damaged ends it",
+        VIDEO,
+        "!= bytes(tarfile.BLOCKSIZE)",
+        "is None",
         "test_convert_ucf101",
     ),
 ]
