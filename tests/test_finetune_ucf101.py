@@ -200,7 +200,8 @@ def test_wrong_data_costs_no_model(launcher, data_dir, demo_checkpoint, tmp_path
     model = shutil.copytree(demo_checkpoint, tmp_path / "model", ignore=no_weights)
     broken = tmp_path / "data"
     broken.mkdir()
-    (broken / "images").symlink_to(data_dir / "images")
+    for name in ("images", "ucf101_val.jsonl"):
+        (broken / name).symlink_to(data_dir / name)
     lines = (data_dir / "ucf101_train.jsonl").read_text().splitlines()
     lines[3] = lines[3].replace('"assistant"', '"asistant"')
     (broken / "ucf101_train.jsonl").write_text("\n".join(lines) + "\n")
