@@ -42,7 +42,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     Full finetuning runs under DeepSpeed ZeRO-2, LoRA under plain DDP, unless --deepspeed says
     otherwise.
     """
-    explain_failures()
+    explain_failures(args.output_dir)
     on_gpu = torch.cuda.is_available()
     deepspeed = deepspeed_path(args)
     if deepspeed:
