@@ -15,16 +15,15 @@ A100 / H100, with flash attention and bf16:
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_flash_attention --bf16 --output_dir ./ucf101_full
 
-No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+A consumer GPU: LoRA, or QLoRA with a 4-bit model:
 
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_lora --use_qlora
 
-The output folder then holds the model (of LoRA: the adapter), the processor, trainer_state.json
-with the losses, and eval_before.json and eval_after.json with the accuracy, every answer and every
-generated text.
+Evaluated before and after, by accuracy: it and every generated text go to eval_before.json and
+eval_after.json, beside the model.
 """
 
 from pathlib import Path
@@ -37,13 +36,11 @@ from phi3v.training.metrics import accuracy
 
 
 def get_arguments():
-    # Eight images a sample: fewer crops each than for a page of text.
+    # Eight images per sample: fewer crops each than for a page of text.
     parser = RecipeParser(__doc__, num_crops=4)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_dir", required=True, help="the converter's --out_dir")
-    group.add_argument(
-        "--eval_split", choices=["val", "test"], default="val", help="split to evaluate on"
-    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", required=True, help="the converter's --out_dir")
+    data.add_argument("--eval_split", choices=["val", "test"], default="val", help="to evaluate on")
     return parser.parse_args()
 
 
