@@ -486,7 +486,7 @@ def test_stop_signals(videos: Path, tmp_path: Path, capsys, read, number: signal
     hangs = [write_video(videos / f"val/A/{name}_hangs.avi") for name in "ab"]
     archive, out = make_tar(tmp_path / "videos.tar", videos), tmp_path / "out"
     run = Run(tmp_path, flags(archive, out, "--num_workers", 2))
-    wait_until(lambda: manifest_lines(out) == 2)
+    wait_until(lambda: manifest_lines(out) == 3)
     pids = run.workers()
     assert len(pids) == 2 and list((tmp_path / "tmp").iterdir())
     assert main(archive, out) == 2
