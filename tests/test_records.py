@@ -123,6 +123,8 @@ def test_what_goes_wrong_in_to_record(wrong, message):
     with pytest.raises(DataError, match=f"^my/data, row [47]: .*{message}") as caught:
         records.check()
     assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=message):  # and not some of them in silence
+        len(records)
 
 
 def test_bad_records_of_a_row_leave_the_others(capsys):

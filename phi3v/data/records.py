@@ -171,7 +171,8 @@ class Records(Sequence):
             DataError: the first bad record, or with `skip_bad`, that no good one is left.
         """
         bad = self.find_bad(first_alone=not skip_bad)
-        report_bad(bad, len(self._keys) + len(bad), self.origin, skip_bad)
+        good = 0 if self._keys is None else len(self._keys)
+        report_bad(bad, good + len(bad), self.origin, skip_bad)
         return self
 
     def find_bad(self, first_alone: bool = False) -> list[DataError]:
@@ -199,7 +200,8 @@ class Records(Sequence):
                 else:
                     first[identifier] = row
                     keys.append((row, number))
-        self._keys = np.array(keys, dtype=np.int64).reshape(-1, 2)
+        if not (bad and first_alone):
+            self._keys = np.array(keys, dtype=np.int64).reshape(-1, 2)
         return bad
 
     def _check_row(self, row: int, texts: Sequence) -> list[str | DataError]:
