@@ -93,16 +93,14 @@ def metrics(results) -> dict[str, float]:
 
 
 def lora_config(args) -> LoraConfig:
-    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    """Adapters on all linear layers; on those of the vision model unless it is frozen."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-    if not args.freeze_vision_model:
-        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-        targets += ["img_projection.0", "img_projection.2"]
+    vision = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
-        target_modules=targets,
+        target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )

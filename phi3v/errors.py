@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -88,20 +88,27 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def phase(what: str) -> Iterator[None]:
+def phase(what: str) -> Iterator[Callable[[object, str], None]]:
     """
-    Turn whatever libraries raise in here into one message.
-
-    Errors of ours pass, and those for which there is an explanation.
+    Turn whatever libraries raise in here into one message. Errors of ours pass, and those for which
+    there is an explanation.
 
     Args:
         what: what this is about, as the user knows it: the flag, the file.
 
+    Yields:
+        `require(holds, otherwise)`, for what libraries take without a word.
+
     Raises:
-        RunError: `what`, and what the library said, from its error.
+        RunError: `what`, and what the library said, or what was required.
     """
+
+    def require(holds: object, otherwise: str) -> None:
+        if not holds:
+            raise RunError(f"{what}: {otherwise}")
+
     try:
-        yield
+        yield require
     except Exception as error:
         if explanation(error) is not None:
             raise
