@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
 from helpers.records import RECORDS
-from helpers.trainers import arguments
+from helpers.trainers import arguments, loaded
 from phi3v import Phi3VProcessor
 from phi3v.errors import RunError
 from phi3v.training import trainer_arguments
