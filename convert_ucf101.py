@@ -14,18 +14,17 @@ gives
     out_dir/ucf101_{train,val,test}.jsonl                          1 line a video
     out_dir/converted.jsonl                                        what came from which video
 
-Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95.
-Ids      <split>-<number>, the video's place among all, sorted by split, class and name. A video
-         that fails keeps its number, so the other ids do not depend on it.
-Listed   failed: nothing of the video decodes; it has no record. warning: damaged, cut off, or
-         shorter than 8 frames, which then repeat. ignored: no video. --strict stops at the first.
-Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos, and images that
-         have changed since, are told by their SHA-256. There is no jsonl before all is done.
-Refused  An out_dir with images or jsonl that this script has not written (or an older version,
-         without converted.jsonl: delete it). Files that only point to others, such as playlists.
-
 For a dataset of your own, edit find_videos and to_record: which videos there are, and what the
 model is asked and answers.
+
+Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95.
+Ids      <split>-<the video's place among all, by split, class, name>. One that fails keeps its own.
+Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of fewer than 8 frames,
+         which then repeat. ignored: no video. --strict stops at the first of these.
+Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
+         changed since are made anew. There is no ucf101_*.jsonl before all is done.
+Refused  An out_dir with images or jsonl that this script did not write, or that an older version
+         without converted.jsonl wrote (delete it). Files that point to others, such as playlists.
 
 Exit code: 0 all videos converted, 1 some failed or --strict stopped, 2 the run cannot start or go
 on, 130 Ctrl-C, 143 SIGTERM.
@@ -44,7 +43,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from phi3v.data.video import FrameFolder, Video, extract_archive
+from phi3v.data.frame_folder import FrameFolder, Video
+from phi3v.data.video import extract_archive
 from phi3v.errors import DataError, RunError
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
@@ -74,13 +74,12 @@ def to_record(video: Video, frames: list[str], classes: list[str]) -> dict:
     return {"id": video.id, "source": "ucf101", "conversations": [turn]}
 
 
-def check_videos(videos: list[Video], root: Path) -> list[str]:
-    """
-    The classes.
+def is_hidden(path: Path) -> bool:
+    return any(name.startswith(".") or name == "__MACOSX" for name in path.parts)
 
-    Raises:
-        DataError: the videos cannot become a dataset.
-    """
+
+def check_videos(videos: list[Video], root: Path) -> list[str]:
+    """Returns the classes. Raises DataError if the videos cannot become a dataset."""
     if not videos:
         found = sorted(str(p.relative_to(root)) for g in ("*", "*/*") for p in root.glob(g))
         shown = ", ".join(found[:12] + ["..."] * (len(found) > 12)) or "nothing"
@@ -94,10 +93,6 @@ def check_videos(videos: list[Video], root: Path) -> list[str]:
         if found := NOT_IN_CLASSES.search(label):
             raise DataError(f"rename the class folder {label!r}: its name holds {found[0]!r}")
     return classes
-
-
-def is_hidden(path: Path) -> bool:
-    return any(name.startswith(".") or name == "__MACOSX" for name in path.parts)
 
 
 def list_ignored(root: Path, videos: list[Video]) -> list[str]:
@@ -114,7 +109,7 @@ def video_root(args: argparse.Namespace) -> Iterator[Path]:
     The folder that holds the splits. An archive is extracted for the time of the context.
 
     Raises:
-        DataError, RunError: there is none.
+        DataError: the archive is broken or refused. RunError: the hub's cannot be downloaded.
     """
     if args.video_dir:
         yield args.video_dir
@@ -130,12 +125,7 @@ def video_root(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def download_archive() -> Path:
-    """
-    The archive of UCF101's subset.
-
-    Raises:
-        RunError: the hub cannot be reached, or does not have it.
-    """
+    """Raises RunError."""
     from huggingface_hub import hf_hub_download  # slow, and the other sources do not need it
 
     try:

@@ -11,14 +11,13 @@ The full training set, on A100 / H100 with flash attention and bf16:
         --use_flash_attention --batch_size 64 --output_dir <output_dir> \\
         --learning_rate <lr> --num_train_epochs <epochs>
 
-No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+A consumer GPU: LoRA, or QLoRA with a 4-bit model:
 
     torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --batch_size 64 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --batch_size 64 --use_lora --use_qlora
 
-Evaluated by ANLS on the 200 test pages of nielsr/docvqa_1200_examples. The output folder then holds
-the model (of LoRA: the adapter), the processor, trainer_state.json with the losses, and
-eval_before.json and eval_after.json with the ANLS, every answer and every generated text.
+Evaluated before and after, by ANLS on the 200 test pages of nielsr/docvqa_1200_examples: the metric
+and every generated text go to eval_before.json and eval_after.json, beside the model.
 """
 
 import random
@@ -40,18 +39,11 @@ CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}
 
 def get_arguments():
     parser = RecipeParser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--full_train", action="store_true", help=f"train on all of DocVQA ({CAULDRON}, docvqa)"
-    )
-    group.add_argument(
-        "--dataset_name_or_path",
-        help=f"train on this hub id or local folder, with the columns of {MINI} or of {CAULDRON}",
-    )
-    group.add_argument(
-        "--eval_dataset_name_or_path",
-        default=MINI,
-        help="evaluate on the test split of this hub id or local folder",
+    data = parser.add_argument_group("data")
+    data.add_argument("--full_train", action="store_true", help=f"train on {CAULDRON}, docvqa")
+    data.add_argument("--dataset_name_or_path", help="train on this hub id or local folder")
+    data.add_argument(
+        "--eval_dataset_name_or_path", default=MINI, help="evaluate on its test split"
     )
     return parser.parse_args()
 
@@ -59,15 +51,10 @@ def get_arguments():
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     train_name = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
-    train = load_rows(train_name, MINI_COLUMNS, CAULDRON_COLUMNS, config="docvqa")
-    evaluation = load_rows(
-        args.eval_dataset_name_or_path,
-        MINI_COLUMNS,
-        CAULDRON_COLUMNS,
-        config="docvqa",
-        split="test",
-        flag="--eval_dataset_name_or_path",
-    )
+    eval_name, flag = args.eval_dataset_name_or_path, "--eval_dataset_name_or_path"
+    columns = (MINI_COLUMNS, CAULDRON_COLUMNS)
+    train = load_rows(train_name, *columns, config="docvqa")
+    evaluation = load_rows(eval_name, *columns, config="docvqa", split="test", flag=flag)
     to_record = partial(to_records, seed=args.seed)
     return Records(train, to_record), Records(evaluation, to_record)
 
@@ -87,12 +74,8 @@ def mini_record(row: dict, seed: int) -> dict:
         "user": f"{question}\nAnswer briefly.",
         "assistant": random.Random(f"{seed} {identifier}").choice(row["answers"]),
     }
-    return {
-        "id": identifier,
-        "source": "docvqa",
-        "conversations": [turn],
-        "answers": row["answers"],
-    }
+    record = {"id": identifier, "source": "docvqa", "conversations": [turn]}
+    return {**record, "answers": row["answers"]}
 
 
 def cauldron_records(row: dict) -> Iterator[dict]:
@@ -110,16 +93,14 @@ def metrics(results) -> dict[str, float]:
 
 
 def lora_config(args) -> LoraConfig:
-    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    """Adapters on all linear layers; on those of the vision model unless it is frozen."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-    if not args.freeze_vision_model:
-        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-        targets += ["img_projection.0", "img_projection.2"]
+    vision = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
-        target_modules=targets,
+        target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )

@@ -9,17 +9,15 @@ Full finetuning on A100 / H100, on one or several machines, with flash attention
 
 8x V100-32GB: the same without --use_flash_attention --bf16 (fp16 mixed precision).
 
-No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+A consumer GPU: LoRA, or QLoRA with a 4-bit model:
 
     torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> \\
         --batch_size 64 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> \\
         --batch_size 64 --use_lora --use_qlora
 
-Evaluated by accuracy, and by AUROC, the challenge's own metric, from the probability that the model
-gives to "yes". The output folder then holds the model (of LoRA: the adapter), the processor,
-trainer_state.json with the losses, and eval_before.json and eval_after.json with the metrics, every
-answer, every generated text and its probability.
+Evaluated before and after, by accuracy and by AUROC, the challenge's own metric: both, and every
+generated text and its probability, go to eval_before.json and eval_after.json, beside the model.
 """
 
 import os
@@ -40,19 +38,11 @@ CHALLENGE_COLUMNS = {"id": (int, str), "img": str, "text": str, "label": int}
 
 def get_arguments():
     parser = RecipeParser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset_name_or_path",
-        default=CAULDRON,
-        help="hub id or local folder with the_cauldron's columns, or a folder of the challenge's "
-        "own files: train.jsonl, dev_seen.jsonl, img/",
-    )
-    group.add_argument(
-        "--num_eval_rows", type=int, default=500, help="first rows, kept out of training"
-    )
-    group.add_argument(
-        "--eval_file", default="dev_seen.jsonl", help="of the challenge's files, to evaluate on"
-    )
+    data = parser.add_argument_group("data")
+    files = "or a folder of the challenge's files: train.jsonl, dev_seen.jsonl, img/"
+    data.add_argument("--dataset_name_or_path", default=CAULDRON, help=f"hub id, {files}")
+    data.add_argument("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
+    data.add_argument("--eval_file", default="dev_seen.jsonl", help="challenge file to evaluate on")
     return parser.parse_args()
 
 
@@ -62,10 +52,8 @@ def load_datasets(args) -> tuple[Records, Records]:
     if os.path.isfile(f"{name}/train.jsonl"):
         train = load_rows(f"{name}/train.jsonl", CHALLENGE_COLUMNS)
         evaluation = load_rows(f"{name}/{args.eval_file}", CHALLENGE_COLUMNS)
-        return (
-            Records(train, challenge_record, image_dir=name),
-            Records(evaluation, challenge_record, image_dir=name),
-        )
+        both = (Records(rows, challenge_record, image_dir=name) for rows in (train, evaluation))
+        return tuple(both)
     train = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[{n}:]")
     evaluation = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[:{n}]")
     return Records(train, cauldron_records), Records(evaluation, cauldron_records)
@@ -108,16 +96,14 @@ def metrics(results) -> dict[str, float]:
 
 
 def lora_config(args) -> LoraConfig:
-    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    """Adapters on all linear layers; on those of the vision model unless it is frozen."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-    if not args.freeze_vision_model:
-        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-        targets += ["img_projection.0", "img_projection.2"]
+    vision = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
-        target_modules=targets,
+        target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )

@@ -8,14 +8,13 @@ A100 / H100, with flash attention and bf16:
     torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py --use_flash_attention --bf16 \\
         --batch_size 64 --output_dir <output_dir> --learning_rate <lr> --num_train_epochs <epochs>
 
-No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+A consumer GPU: LoRA, or QLoRA with a 4-bit model:
 
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora --use_qlora
 
-The output folder then holds the model (of LoRA: the adapter), the processor, trainer_state.json
-with the losses, and eval_before.json and eval_after.json with the accuracy, every answer and every
-generated text.
+Evaluated before and after, by accuracy: it and every generated text go to eval_before.json and
+eval_after.json, beside the model.
 """
 
 import os
@@ -38,19 +37,11 @@ OFFICIAL_COLUMNS = {"sentence": str, "label": (str, bool), "identifier": str}
 
 def get_arguments():
     parser = RecipeParser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset_name_or_path",
-        default=CAULDRON,
-        help="hub id or local folder with the_cauldron's columns, or a folder of the official "
-        "files: train.json, dev.json (json lines), and the images in any folders below it",
-    )
-    group.add_argument(
-        "--num_eval_rows", type=int, default=500, help="first rows, kept out of training"
-    )
-    group.add_argument(
-        "--eval_file", default="dev.json", help="of the official files, to evaluate on"
-    )
+    data = parser.add_argument_group("data")
+    files = "or a folder of the official train.json and dev.json, with the images anywhere below"
+    data.add_argument("--dataset_name_or_path", default=CAULDRON, help=f"hub id, {files}")
+    data.add_argument("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
+    data.add_argument("--eval_file", default="dev.json", help="official file to evaluate on")
     return parser.parse_args()
 
 
@@ -86,12 +77,7 @@ def find_images(folder: str) -> dict[str, list[str]]:
 
 
 def official_record(row: dict, paths: dict[str, list[str]]) -> dict:
-    """
-    The record of a line of the official files.
-
-    An identifier is <split>-<set>-<pair>-<sentence>; its images are <split>-<set>-<pair>-img0.png
-    and -img1.png, in any folder below.
-    """
+    """An identifier is <pair>-<sentence>; its images are <pair>-img0.png and <pair>-img1.png."""
     pair = row["identifier"].rsplit("-", 1)[0]
     images = [paths.get(f"{pair}-img{side}.png", []) for side in (0, 1)]
     if any(len(found) != 1 for found in images):
@@ -112,16 +98,14 @@ def metrics(results) -> dict[str, float]:
 
 
 def lora_config(args) -> LoraConfig:
-    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    """Adapters on all linear layers; on those of the vision model unless it is frozen."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-    if not args.freeze_vision_model:
-        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-        targets += ["img_projection.0", "img_projection.2"]
+    vision = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
-        target_modules=targets,
+        target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )

@@ -15,16 +15,15 @@ A100 / H100, with flash attention and bf16:
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_flash_attention --bf16 --output_dir ./ucf101_full
 
-No data-centre GPU: LoRA, or QLoRA with a 4-bit model:
+A consumer GPU: LoRA, or QLoRA with a 4-bit model:
 
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_lora --use_qlora
 
-The output folder then holds the model (of LoRA: the adapter), the processor, trainer_state.json
-with the losses, and eval_before.json and eval_after.json with the accuracy, every answer and every
-generated text.
+Evaluated before and after, by accuracy: it and every generated text go to eval_before.json and
+eval_after.json, beside the model.
 """
 
 from pathlib import Path
@@ -37,13 +36,11 @@ from phi3v.training.metrics import accuracy
 
 
 def get_arguments():
-    # Eight images a sample: fewer crops each than for a page of text.
+    # Eight images per sample: fewer crops each than for a page of text.
     parser = RecipeParser(__doc__, num_crops=4)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_dir", required=True, help="the converter's --out_dir")
-    group.add_argument(
-        "--eval_split", choices=["val", "test"], default="val", help="split to evaluate on"
-    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", required=True, help="the converter's --out_dir")
+    data.add_argument("--eval_split", choices=["val", "test"], default="val", help="to evaluate on")
     return parser.parse_args()
 
 
@@ -63,16 +60,14 @@ def metrics(results) -> dict[str, float]:
 
 
 def lora_config(args) -> LoraConfig:
-    """Adapters on all linear layers: of the language model and, unless frozen, the vision model."""
+    """Adapters on all linear layers; on those of the vision model unless it is frozen."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"]
-    if not args.freeze_vision_model:
-        targets += ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-        targets += ["img_projection.0", "img_projection.2"]
+    vision = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
-        target_modules=targets,
+        target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",
     )

@@ -100,8 +100,10 @@ class BaselineForCausalLM(Phi3VForCausalLM):
         self,
         input_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **inputs,
     ) -> CausalLMOutputWithPast:
+        """`logits_to_keep` is not followed: the official code computes all logits."""
         outputs = self.model(input_ids=input_ids, **inputs)
         logits = self.lm_head(outputs.last_hidden_state).float()
         loss = None

@@ -6,7 +6,7 @@ What the conversion of videos costs, against decoding them and nothing else.
 makes an archive like the UCF101 subset (320x240, 186 frames, 25 a second, XVID in avi, 530 kB a
 video: real photographs that move) and prints, as medians of the rounds with their range,
 
-    CPU time a video    decoding alone (PyAV, one thread), `convert_video` of convert_ucf101.py,
+    CPU time a video    decoding alone (PyAV, one thread), `convert_video` of phi3v,
                         the script with one and with two workers, and the textbook way: all frames
                         to RGB images, 8 of them to JPEG
     wall time a video   the same
@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
 
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
-from convert_ucf101 import Video, convert_video, keep_freed_memory
+from phi3v.data.frame_folder import Video, convert_video
 
 CONVERTER = Path(__file__).resolve().parent.parent / "convert_ucf101.py"
 # On a disk the state of the file system would be measured as well: ext4 here took 0.4 ms, not 0.02,
@@ -136,12 +136,13 @@ def decode_alone(videos: list[Path]) -> None:
 def take_turns(paths: list[Path], out: Path) -> dict[str, Cost]:
     """The costs of FLOOR and STEADY. Each video is decoded, then converted into `out`."""
     shutil.rmtree(out, ignore_errors=True)  # what is there would be kept
-    keep_freed_memory()  # as the script does at its start
     costs: dict[str, list[Cost]] = {FLOOR: [], STEADY: []}
     for path in paths:
-        video = Video(path.stem, "train", path.parent.name, path)
+        label = path.parent.name
+        video = Video(path.stem, "train", f"train/{label}/{path.stem}", label, path)
+        convert = partial(convert_video, video, {}, out, CHOSEN, max_gb=1)
         costs[FLOOR].append(timed(partial(decode_alone, [path])))
-        costs[STEADY].append(timed(partial(convert_video, video, out, CHOSEN, max_gb=1)))
+        costs[STEADY].append(timed(convert))
     return {way: Cost(*map(sum, zip(*each, strict=True))) for way, each in costs.items()}
 
 
@@ -205,7 +206,7 @@ def measure_all(folder: Path, num_videos: int, num_rounds: int) -> dict[str, lis
     videos = make_videos(folder, num_videos)
     textbook = partial(timed, partial(convert_textbook, videos, folder / "textbook"))
     ways = {
-        "in turns": lambda: in_own_process(partial(take_turns, videos, folder / "steady/images")),
+        "in turns": lambda: in_own_process(partial(take_turns, videos, folder / "steady")),
         FLOOR_TWO: lambda: decode_in_two(videos),
         ONE: lambda: measure_converter(folder, 1),
         TWO: lambda: measure_converter(folder, 2),

@@ -27,15 +27,20 @@ def make_prompts(config, count: int, device: str, dtype: torch.dtype) -> list[di
     prompts = []
     for number in range(count):
         batch = make_batch(config, 2443 - 4 * number, device, dtype, seed=number)
-        del batch["labels"]
-        for name in ("input_ids", "attention_mask"):
-            batch[name] = batch[name][:, :-LABELS]
-        prompts.append(batch)
+        input_ids = batch["input_ids"][:, :-LABELS]
+        prompts.append(
+            {
+                "input_ids": input_ids,
+                "attention_mask": torch.ones_like(input_ids),
+                "pixel_values": batch["pixel_values"],
+                "image_sizes": batch["image_sizes"],
+            }
+        )
     return prompts
 
 
 def join(prompts: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """One batch, padded on the left; of the crops only real ones, as our loader hands over."""
+    """One batch, padded on the left."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
 
     def pad(name: str, value: int) -> torch.Tensor:

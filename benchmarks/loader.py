@@ -1,11 +1,11 @@
 """
-Batches a second out of one worker process, and the bytes that it hands over.
+Batches per second out of one worker process.
 
     python -m benchmarks.loader
 
-Both sides read the same PNG pages and JPEG photos and tokenize the same prompts. Ours hands over
-the real crops as bytes; the baseline hands over float32 crops with padding. How long a step waits
-for its data is in the recipes' own log, `data_wait`, and in benchmarks/recipe_table.py.
+Both sides read the same PNG pages and JPEG photos, tokenize the same prompts and hand over the same
+pixels. How long a step waits for its data is in the recipes' own log, `data_wait`, and in
+benchmarks/recipe_table.py.
 """
 
 import tempfile
@@ -73,20 +73,15 @@ def main():
             for name, collator in collators.items()
         }
         seconds = in_turns(sides, args.rounds)
-        sent = {
-            name: sum(tensor.nbytes for tensor in collator(records[:1]).values()) / 1e6
-            for name, collator in collators.items()
-        }
         rows.append(
             [
                 kind,
                 *(spread([1 / value for value in seconds[name]], 1) for name in collators),
                 f"{ratios(seconds['baseline'], seconds['ours'])}x",
-                *(f"{sent[name]:.1f}" for name in collators),
             ]
         )
     header = ["sample", "ours, samples/s", "baseline, samples/s", "faster"]
-    report("Loader, one worker", [*header, "ours, MB", "baseline, MB"], rows, args.save)
+    report("Loader, one worker", header, rows, args.save)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Images a second and core: from a file, and from a decoded image, to the model's input.
+Images per second of one core: from a file, and from a decoded image, to the model's input.
 
     python -m benchmarks.preprocessing
 
@@ -21,6 +21,7 @@ from phi3v import Phi3VImageProcessor
 
 KINDS = {
     "letter page, PNG": (1700, 2200, "PNG"),
+    "letter page, JPEG": (1700, 2200, "JPEG"),
     "photo, JPEG": (640, 480, "JPEG"),
     "video frame, JPEG": (320, 240, "JPEG"),
 }
@@ -32,7 +33,7 @@ def make_file(width: int, height: int, file_format: str, seed: int) -> bytes:
     pictures are smooth shapes with some grain.
     """
     rng = np.random.default_rng(seed)
-    if file_format == "PNG":
+    if height > width:
         page = np.full((height, width, 3), 255, dtype=np.uint8)
         for top in range(100, height - 100, 40):
             letters = rng.integers(0, 2, (12, (width - 200) // 6), dtype=np.uint8) * 200

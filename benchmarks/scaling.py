@@ -76,12 +76,13 @@ def sample_rows(size: str, steps: int) -> list[list[str]]:
         processor.image_processor.num_crops = num_crops
         turn = {"images": [photo] * images, "user": "word " * words, "assistant": "An answer."}
         records = [{"id": "0", "conversations": [turn]}]
-        collate = TrainingCollator(processor)
+        collate = TrainingCollator(processor, for_trainer=True)
         collate(records)
         start = time.perf_counter()
         batch = collate(records)
         collated = time.perf_counter() - start
         counted = count_units(batch)
+        del batch["ids"], batch["lengths"]
         work = sum(flops[unit] * count for unit, count in counted.items())
         seconds = step_seconds(model, batch, steps)
         rows.append(
@@ -180,7 +181,7 @@ def cluster_rows(args: argparse.Namespace) -> list[list[str]]:
     with torch.device("meta"):
         model = Phi3VForCausalLM(make_config("full"))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    batch = make_batch(model.config, 2443, "cpu", torch.bfloat16)
+    batch = {**make_batch(model.config, 2443, "cpu", torch.bfloat16), "lengths": [2443]}
     flops = training_flops(model)
     work = sum(flops[unit] * count for unit, count in count_units(batch).items())
     sample = work / (args.peak * 1e12 * args.mfu)

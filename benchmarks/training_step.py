@@ -47,12 +47,14 @@ def make_batch(
     input_ids[0, 4 : 4 + image_tokens] = config.image_token_id
     labels = torch.full_like(input_ids, -100)
     labels[0, -LABELS:] = input_ids[0, -LABELS:]
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     pixel_values = torch.zeros(1, NUM_CROPS + 1, 3, side, side)
     pixel_values[:, : ROWS * COLUMNS + 1] = torch.randn(1, ROWS * COLUMNS + 1, 3, side, side)
     batch = {
         "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
         "labels": labels,
+        "logits_to_keep": shifted != -100,
+        "shift_labels": shifted[shifted != -100],
         "pixel_values": pixel_values.to(dtype),
         "image_sizes": torch.tensor([[ROWS * side, COLUMNS * side]]),
     }

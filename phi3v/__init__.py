@@ -3,7 +3,13 @@ Phi-3.5-vision for transformers 5. Importing this package registers its classes 
 classes.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .model.configuration_phi3_v import Phi3VConfig
 from .model.image_processing_phi3_v import Phi3VImageProcessor
@@ -12,6 +18,7 @@ from .model.processing_phi3_v import Phi3VProcessor
 
 AutoConfig.register(Phi3VConfig.model_type, Phi3VConfig)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)
+AutoModelForImageTextToText.register(Phi3VConfig, Phi3VForCausalLM)
 # There is one image processor, and it uses PIL; both of transformers' backends lead to it.
 AutoImageProcessor.register(
     Phi3VConfig,

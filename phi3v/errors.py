@@ -10,8 +10,10 @@ import json
 import os
 import reprlib
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +26,8 @@ FAILED_WRITE = (
     *("No space left on device", "Disk quota exceeded", "File too large"),
     *("PytorchStreamWriter", "unexpected pos"),
 )
+# Their texts are a key or a few words about Python, which mean little without the name.
+BARE_WORDS = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
 # What gloo and NCCL say.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 OUT_OF_MEMORY = (
@@ -75,56 +79,102 @@ def quoted(value: object) -> str:
     return _short.repr(value).replace("\n", " ")
 
 
-def explain_failures(output_dir=None) -> None:
-    """From here on, a failure that has an explanation ends the run with it, on every rank."""
-    sys.excepthook = _report
-    atexit.register(_wait_for_gloo)
-    atexit.register(_leave_group)  # comes before, as the last one registered
+def one_line(error: BaseException) -> str:
+    """What an error says, on a line of at most 300 characters; its kind, where that says more."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, BARE_WORDS):
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextlib.contextmanager
+def phase(what: str) -> Iterator[Callable[[object, str], None]]:
+    """
+    Turn whatever libraries raise in here into one message. Errors of ours pass, and those for which
+    there is an explanation.
+
+    Args:
+        what: what this is about, as the user knows it: the flag, the file.
+
+    Yields:
+        `require(holds, otherwise)`, for what libraries take without a word.
+
+    Raises:
+        RunError: `what`, and what the library said, or what was required.
+    """
+
+    def require(holds: object, otherwise: str) -> None:
+        if not holds:
+            raise RunError(f"{what}: {otherwise}")
+
+    try:
+        yield require
+    except Exception as error:
+        if explanation(error) is not None:
+            raise
+        raise RunError(f"{what}: {one_line(error).rstrip('.')}.") from error
+
+
+def explain_failures(output_dir: str | Path) -> None:
+    """
+    From here on, a failure that has an explanation ends the run with it, on every rank. Its
+    traceback goes to a file in `output_dir`.
+    """
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+        _report(error, "".join(traceback.format_exception(kind, error, trace)), Path(output_dir))
+
+    sys.excepthook = report
+    atexit.register(_leave_group)
 
 
 def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _wait_for_gloo() -> None:
-    """
-    Let gloo's threads finish before Python does.
-
-    They let go of a collective's tensors a moment after it is done. The tensors belong to Python,
-    which aborts the process where it is ending by then. Leaving the group does not end the threads
-    as long as anything refers to it: DDP, or a default argument in torch itself.
-    """
-    end = time.monotonic() + 10
-    looks_at_rest = 0  # one is not enough: who waits for the interpreter's lock is asleep as well
-    while (states := _gloo_states()) and looks_at_rest < 5 and time.monotonic() < end:
-        looks_at_rest = looks_at_rest + 1 if states == {"S"} else 0
-        time.sleep(0.01)  # the lock is free for them meanwhile
-
-
-def _gloo_states() -> set[str]:
-    """The states of gloo's threads, "S" for asleep. None are known where there is no /proc."""
-    states = set()
-    for stat in Path("/proc/self/task").glob("*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            name, _, state = stat.read_text().rpartition(") ")
-            if name.endswith("(pt_gloo_runloop"):
-                states.add(state[0])
-    return states
-
-
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    atexit.unregister(_leave_group)  # it would wait for ranks that may be gone
-    text = explanation(error)
-    if text is None:
-        record_failure("".join(traceback.format_exception(kind, error, trace)))
-        sys.__excepthook__(kind, error, trace)
+    if not dist.is_initialized():
         return
+    on_gloo = dist.get_backend() == dist.Backend.GLOO
+    dist.destroy_process_group()
+    if on_gloo:
+        # Gloo's threads (torch 2.14) let go of a collective's tensors a moment after it is done.
+        # The tensors belong to Python, and where it has ended by then, the process aborts:
+        # "terminate called without an active exception". Leaving the group does not end the threads
+        # while anything else, like DDP, refers to it. Can go when gloo drops tensors before `wait`
+        # returns.
+        time.sleep(0.1)
+
+
+def _report(error: BaseException, trace: str, output_dir: Path) -> None:
+    atexit.unregister(_leave_group)  # it would wait for ranks that may be gone
+    if isinstance(error, KeyboardInterrupt):
+        sys.__excepthook__(type(error), error, error.__traceback__)
+        return
+    text = explanation(error)
+    ours = isinstance(error, DataError | RunError)
+    path = None if ours and error.__cause__ is None else _write_trace(trace, output_dir)
+    where = f" The traceback is in {path}." if path else ""
     if _lost_a_peer(error):
         time.sleep(RESPITE)
-    record_failure(text)
+    if text is None:
+        record_failure(trace)
+        text = f"{trace}{where.lstrip()}"
+    else:
+        text = f"{text}{where}"
+        record_failure(text)
+        text = f"error: {text}"
     if prints_failures():
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
+
+
+def _write_trace(trace: str, output_dir: Path) -> Path | None:
+    """The file that holds it: in the output folder, or a temporary one where that fails."""
+    rank = int(os.environ.get("RANK", 0))
+    name = "error.txt" if rank == 0 else f"error-rank{rank}.txt"
+    for folder in (lambda: output_dir / ".phi3v", lambda: Path(tempfile.mkdtemp(prefix="phi3v-"))):
+        with contextlib.suppress(OSError, ValueError):
+            path = folder() / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(trace, encoding="utf-8", errors="backslashreplace")
+            return path
+    return None
 
 
 def prints_failures() -> bool:
@@ -136,7 +186,8 @@ def record_failure(text: str) -> None:
     """
     Let torchrun's summary, the last that a user sees, show `text` as the reason of this rank's end.
 
-    The file is that of torch elastic's `record`, which would put a traceback there.
+    The file and its form are those of torch's `elastic.multiprocessing.errors.ErrorHandler`, which
+    (torch 2.14) puts a traceback there, and has no argument for another text.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
@@ -179,15 +230,3 @@ def _disk_is_full(error: BaseException) -> bool:
     return isinstance(error, SafetensorError | RuntimeError | OSError) and any(
         sign in str(error) for sign in FAILED_WRITE
     )
-
-
-@contextlib.contextmanager
-def phase(what):
-    try:
-        yield
-    except (RunError, DataError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if explanation(error):
-            raise
-        raise RunError(f"{what}: {first_line(error)}") from error

@@ -36,6 +36,7 @@ class Mutant(NamedTuple):
     tests: str  # files of tests/, without .py
 
 
+VIDEO, FRAME_FOLDER = "phi3v/data/video.py", "phi3v/data/frame_folder.py"
 MODEL, IMAGES = "phi3v/model/modeling_phi3_v.py", "phi3v/model/image_processing_phi3_v.py"
 CHECKPOINTS, OUTPUT = "phi3v/training/checkpoints.py", "phi3v/training/output_folder.py"
 
@@ -107,13 +108,6 @@ MUTANTS = [
         "test_modeling",
     ),
     Mutant(
-        "positions: padding on the left counts",
-        MODEL,
-        "torch.arange(attention_mask.shape[1], device=attention_mask.device) - padding",
-        "torch.arange(attention_mask.shape[1], device=attention_mask.device) - 0 * padding",
-        "test_modeling",
-    ),
-    Mutant(
         "generation: no switch to the long factors",
         MODEL,
         "return length - new_tokens <= limit < length",
@@ -128,18 +122,25 @@ MUTANTS = [
         "test_modeling",
     ),
     Mutant(
-        "loss: labels are shifted by two",
+        "loss: averaged over this call, whatever the whole step has",
         MODEL,
-        "nn.functional.pad(labels[:, 1:], (0, 1), value=-100)",
-        "nn.functional.pad(labels[:, 2:], (0, 2), value=-100)",
+        "logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs",
+        "logits=logits, labels=labels, vocab_size=self.config.vocab_size",
         "test_modeling",
     ),
     Mutant(
-        "loss: averaged over this call, whatever the whole step has",
+        "image of no size: it takes a token",
         MODEL,
-        "count = max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch",
-        "count = max(targets.numel(), 1)",
-        "test_modeling test_strategies",
+        "        if rows == 0:\n            return 0",
+        "        if rows == 0:\n            return 1",
+        "test_modeling",
+    ),
+    Mutant(
+        "config: the tower keeps its own attention",
+        "phi3v/model/configuration_phi3_v.py",
+        'sub_configs = {"vision_config": CLIPVisionConfig}',
+        "sub_configs = {}",
+        "test_modeling",
     ),
     Mutant(
         "frozen tower: the unused tail trains",
@@ -152,39 +153,43 @@ MUTANTS = [
     Mutant(
         "pixels: the global view is bilinear",
         IMAGES,
-        "views = [shrink(levels, values, size) for levels in padded]",
-        "views = [\n            torch.nn.functional.interpolate(\n"
-        "                values.gather(1, levels.flatten(1).long()).view(1, *levels.shape),\n"
-        '                size=(size, size), mode="bilinear"\n            )[0]\n'
-        "            for levels in padded\n        ]",
+        'mode="bicubic"',
+        'mode="bilinear"',
         "test_processing",
     ),
     Mutant(
         "pixels: padding is black",
         IMAGES,
-        "white = np.full(shape, 255, dtype=np.uint8)",
-        "white = np.full(shape, 0, dtype=np.uint8)",
+        'Image.new("RGB", padded, "white")',
+        'Image.new("RGB", padded, "black")',
         "test_processing",
     ),
     Mutant(
         "pixels: padding at the bottom alone",
         IMAGES,
-        "first = (padded - resized) // 2",
-        "first = 0",
+        "(padded[1] - resized[1]) // 2))",
+        "0))",
         "test_processing",
     ),
     Mutant(
         "pixels: one row lower",
         IMAGES,
-        "resized = int(columns * size / ratio)",
-        "resized = int(columns * size / ratio) - 1",
+        "int(crops * size / ratio)",
+        "int(crops * size / ratio) - 1",
         "test_processing",
     ),
     Mutant(
         "pixels: scaled by PIL's other filter",
-        "phi3v/model/resize.py",
-        "reach = max(scale, 1.0)",
-        "reach = max(scale, 1.25)",
+        IMAGES,
+        "image = image.resize(resized, Image.Resampling.BILINEAR)",
+        "image = image.resize(resized, Image.Resampling.BICUBIC)",
+        "test_processing",
+    ),
+    Mutant(
+        "pixels: a portrait image is not laid on its side",
+        IMAGES,
+        "if image.width < image.height:",
+        "if False:",
         "test_processing",
     ),
     # ---- Prompts and collators
@@ -233,9 +238,16 @@ MUTANTS = [
     Mutant(
         "packing: samples see each other",
         "phi3v/data/collators.py",
-        "positions = [range(len(row)) for row in ids]",
-        "positions = [range(sum(map(len, ids)))]",
+        "_join([range(len(row)) for row in ids])",
+        "_join([range(sum(map(len, ids)))])",
         "test_packing",
+    ),
+    Mutant(
+        "collator: labels are shifted by two",
+        "phi3v/data/collators.py",
+        'pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)',
+        'pad(batch["labels"][:, 2:], (0, 2), value=IGNORED)',
+        "test_collators",
     ),
     Mutant(
         "packing: rows are too long by one",
@@ -500,23 +512,44 @@ MUTANTS = [
     # ---- The converter
     Mutant(
         "converter: frames are taken from the middle",
-        "convert_ucf101.py",
+        VIDEO,
         "return [i * count // num_frames for i in range(num_frames)]",
         "return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]",
         "test_convert_ucf101",
     ),
     Mutant(
-        "converter: a failed video's number is used again",
+        "converter: ids start at one",
         "convert_ucf101.py",
-        '                    id = f"{split}-{len(videos):010d}"',
-        '                    id = f"{split}-{len(videos) + 1:010d}"',
+        "{len(videos):010d}",
+        "{len(videos) + 1:010d}",
         "test_convert_ucf101",
     ),
     Mutant(
         "converter: ffmpeg opens any format",
-        "convert_ucf101.py",
+        VIDEO,
         '"format_whitelist": CONTAINERS, ',
         "",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: a changed image is kept",
+        FRAME_FOLDER,
+        ' and found == old["files"]',
+        "",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: a worker outlives its killed parent",
+        FRAME_FOLDER,
+        "multiprocessing.parent_process().join()",
+        "threading.Event().wait()",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: an archive's header that is damaged ends it",
+        VIDEO,
+        "!= bytes(tarfile.BLOCKSIZE)",
+        "is None",
         "test_convert_ucf101",
     ),
 ]

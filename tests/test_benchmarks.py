@@ -138,8 +138,8 @@ def test_memory_of_a_cluster():
 @pytest.mark.parametrize(
     ("module", "flags", "column", "count"),
     [
-        ("preprocessing", "--rounds 1", "baseline, images/s", 12),
-        ("loader", "--rounds 1 --samples 2", "baseline, MB", 3),
+        ("preprocessing", "--rounds 1", "baseline, images/s", 16),
+        ("loader", "--rounds 1 --samples 2", "faster", 3),
         (
             "evaluation",
             "--size tiny --rounds 1 --samples 2 --batch_size 2 --new_tokens 1",

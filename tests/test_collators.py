@@ -1,10 +1,15 @@
 """Batches for training and generation."""
 
 import json
+import multiprocessing
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from conftest import GOLDEN
 from golden_util import make_image, unrle
@@ -100,6 +105,48 @@ def test_batches_without_images(demo_processor):
         assert torch.equal(blank.pop("pixel_values"), torch.zeros(1, 1, 3, size, size))
         assert blank.pop("image_sizes").tolist() == [[0, 0]] and blank.keys() == batch.keys()
         assert collator(demo_processor, blank_image=True)(RECORDS)["image_sizes"].all()
+
+
+def train_rank(rank: int, checkpoint: Path, folder: Path) -> None:
+    """One of two DDP processes: the first one's record has images, the second one's has none."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
+    collator = TrainingCollator(AutoProcessor.from_pretrained(checkpoint), blank_image=True)
+    batch = {**collator([RECORDS[rank]]), "use_cache": False}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    parallel = DistributedDataParallel(model)
+    parallel(**batch).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(grads, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_process_without_images_trains_with_one_that_has_some(demo_checkpoint, tmp_path):
+    """Gradients of the two meet, those of the vision tower included, and are what they should."""
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=train_rank, args=(rank, demo_checkpoint, tmp_path), daemon=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    both, same = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model = AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32).train()
+    collator = TrainingCollator(AutoProcessor.from_pretrained(demo_checkpoint))
+    for one in RECORDS[:2]:
+        (model(**collator([one]), use_cache=False).loss / 2).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(both[name], same[name]), name
+            torch.testing.assert_close(both[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_rows_do_not_depend_on_their_batch(demo_processor):

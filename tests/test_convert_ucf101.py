@@ -1,4 +1,4 @@
-"""convert_ucf101.py and phi3v/data/video.py: a video dataset -> frames and jsonl."""
+"""The converter: a video dataset -> frames and jsonl."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from av.video.frame import PictureType
 from PIL import Image
 
 import convert_ucf101 as converter
-from phi3v.data import video
+from phi3v.data import frame_folder, video
 
 SCRIPT = Path(converter.__file__).resolve()
 H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -111,7 +111,7 @@ def read(tmp_path: Path, monkeypatch) -> Callable[[], list[str]]:
     The names of the videos that were decoded since the last call. Those whose name says so kill
     their worker, hang, or take a while; the workers are forks of this process.
     """
-    log, read_frames = tmp_path / "read.log", video.read_frames
+    log, read_frames = tmp_path / "read.log", frame_folder.read_frames
 
     def look(path: Path, num_frames: int):
         with log.open("a") as file:
@@ -126,7 +126,7 @@ def read(tmp_path: Path, monkeypatch) -> Callable[[], list[str]]:
         log.unlink(missing_ok=True)
         return sorted(text.splitlines())
 
-    monkeypatch.setattr(video, "read_frames", look)
+    monkeypatch.setattr(frame_folder, "read_frames", look)
     return names
 
 
@@ -486,7 +486,7 @@ def test_stop_signals(videos: Path, tmp_path: Path, capsys, read, number: signal
     hangs = [write_video(videos / f"val/A/{name}_hangs.avi") for name in "ab"]
     archive, out = make_tar(tmp_path / "videos.tar", videos), tmp_path / "out"
     run = Run(tmp_path, flags(archive, out, "--num_workers", 2))
-    wait_until(lambda: manifest_lines(out) == 2)
+    wait_until(lambda: manifest_lines(out) == 3)
     pids = run.workers()
     assert len(pids) == 2 and list((tmp_path / "tmp").iterdir())
     assert main(archive, out) == 2
@@ -552,7 +552,7 @@ def test_other_settings_and_videos(videos: Path, tmp_path: Path, monkeypatch, re
     assert main(videos, tmp_path / "fresh") == 0
     assert tree(out) == tree(tmp_path / "fresh")
     read()
-    monkeypatch.setattr(video, "MADE_BY", "another version")
+    monkeypatch.setattr(frame_folder, "MADE_BY", "another version")
     assert main(videos, out) == 0
     assert len(read()) == 4
 

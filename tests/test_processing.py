@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor, pipeline
 
 from conftest import GOLDEN
 from demo.make_checkpoint import CHAT_TEMPLATE
@@ -158,6 +158,49 @@ def test_several_texts_with_their_own_images(processor):
         length = nested["attention_mask"][row].sum()
         assert length == len(alone) and nested["input_ids"][row, :length].tolist() == alone
     assert len(nested["pixel_values"]) == 3
+
+
+def test_messages_of_parts(processor):
+    """Transformers' messages, several turns and images, give what official strings with tags do."""
+    images = [make_image({"gen": "photo", "seed": i, "w": 40, "h": 30}) for i in range(2)]
+    parts = [
+        {"role": "user", "content": [{"type": "image", "image": images[0]}, text("What?")]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [text("And "), {"type": "image", "image": images[1]}]},
+    ]
+    official = ["<|image_1|>\nWhat?", "A cat.", "And <|image_2|>\n"]
+    strings = [{**message, "content": c} for message, c in zip(parts, official, strict=True)]
+    prompts = [
+        processor.apply_chat_template(messages, add_generation_prompt=True)
+        for messages in (parts, strings)
+    ]
+    expected = processor.tokenizer.apply_chat_template(
+        strings, tokenize=False, add_generation_prompt=True
+    )
+    assert prompts == [expected, expected]
+    inputs = processor.apply_chat_template(
+        parts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    wanted = processor(expected, images)
+    assert inputs.keys() == wanted.keys()
+    assert all(torch.equal(inputs[name], wanted[name]) for name in wanted)
+
+
+def text(content: str) -> dict:
+    return {"type": "text", "text": content}
+
+
+def test_the_image_text_to_text_pipeline(demo_checkpoint):
+    """Transformers' pipeline finds model and processor, and answers what `generate` does."""
+    pipe = pipeline("image-text-to-text", model=str(demo_checkpoint), dtype=torch.float32)
+    image = make_image({"gen": "photo", "seed": 0, "w": 40, "h": 30})
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, text("What?")]}]
+    [answer] = pipe(text=messages, max_new_tokens=4, return_full_text=False)
+    prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = pipe.processor(prompt, [image])
+    tokens = pipe.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    assert answer["generated_text"] == pipe.processor.decode(new, skip_special_tokens=True)
 
 
 def test_tags_out_of_order_get_their_own_image(processor):

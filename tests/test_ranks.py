@@ -109,8 +109,8 @@ generate, calls = Phi3VForCausalLM.generate, []
 def slow(self, **inputs):
     calls.append(1)
     if len(calls) >= 13:  # ten batches are evaluated before training
-        if len(calls) == 13 and os.environ["RANK"] == {sender!r}:
-            os.kill({target}, signal.SIGTERM)
+        if len(calls) == 13 and os.environ["RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun hands it on
         time.sleep(1)
         print("batch", os.environ["RANK"], flush=True)
     return generate(self, **inputs)
@@ -120,19 +120,14 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    ("engine", "sender", "target"),
-    [(("--deepspeed", "none"), "0", "os.getppid()"), (ZERO3, "1", "os.getpid()")],
-    ids=["to torchrun, DDP", "to one rank, ZeRO-3"],
-)
-def test_sigterm_in_an_evaluation(launcher: Launcher, flags, tmp_path, engine, sender, target):
+@pytest.mark.parametrize("engine", [("--deepspeed", "none"), ZERO3], ids=["DDP", "ZeRO-3"])
+def test_sigterm_in_an_evaluation(launcher: Launcher, flags, tmp_path, engine):
     """
     It is left at the next batch, on all ranks; a checkpoint of the step before it is saved, and the
     run goes on from there, with that evaluation.
     """
     script = tmp_path / "stopped.py"
-    names = {"repo": str(REPO), "script": SCRIPT, "sender": sender, "target": target}
-    script.write_text(STOPPED.format(**names))
+    script.write_text(STOPPED.format(repo=str(REPO), script=SCRIPT))
     flags = (*flags, *engine, "--eval_steps", "1", "--eval_batch_size_per_gpu", "1")
     output = OutputFolder(tmp_path / "out")
     flags = (*flags, "--output_dir", str(output.path))

@@ -1,6 +1,7 @@
 """The recipes on small local datasets in every layout that they read, started in this process."""
 
-import csv
+import ast
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+from conftest import REPO
 from helpers.recipes import recipe, run
 from phi3v.data.collators import TrainingCollator
 from phi3v.data.images import load_images
@@ -301,7 +303,10 @@ def test_evaluation_during_training_and_alone(demo_checkpoint, tmp_path, monkeyp
     flags = ("--dataset_name_or_path", folder, "--num_eval_rows", "2", "--eval_steps", "2")
     run("nlvr2", demo_checkpoint, tmp_path, monkeypatch, *flags)
     output_dir = tmp_path / "output"
-    assert [p.name for p in sorted(output_dir.glob("eval_step_*"))] == ["eval_step_2.json"]
+    steps = [path.name for path in sorted(output_dir.glob("eval_step_*"))]
+    assert steps == ["eval_step_2.json", "eval_step_3.json"]
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    assert [e["step"] for e in history if "eval_accuracy" in e] == [0, 2, 3, 3]
     after = (output_dir / "eval_after.json").read_text()
     monkeypatch.setattr(
         sys, "argv", [*sys.argv, "--eval_only", "--output_dir", str(tmp_path / "e")]
@@ -325,19 +330,80 @@ def test_readme_snippet(demo_checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_readme_example_of_a_new_task(demo_processor, tmp_path):
-    """The README's two functions make records that the collator takes, and a number."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_readme_example_of_a_new_task(demo_checkpoint, tmp_path, monkeypatch):
+    """What the README says: copy the recipe, put its two functions in, run it. From anywhere."""
+    readme = (REPO / "README.md").read_text()
     example = readme.split("### A new task")[1].split("```python\n")[1].split("```")[0]
-    names = {"csv": csv, "Records": Records, "Result": Result}
-    exec(example, names)
+    script = (REPO / "finetune_hf_trainer_ucf101.py").read_text()
+    for function in ast.parse(example).body:
+        [old] = [
+            node for node in ast.parse(script).body if getattr(node, "name", "") == function.name
+        ]
+        new = ast.get_source_segment(example, function)
+        script = script.replace(ast.get_source_segment(script, old), new)
+    (tmp_path / "finetune_counts.py").write_text(script)
     lines = ["file,count"]
-    for index in range(103):
+    for index in range(104):
         picture(index).save(tmp_path / f"{index}.png")
         lines.append(f"{index}.png,{index % 4}")
     (tmp_path / "counts.csv").write_text("\n".join(lines))
-    train, evaluation = names["load_datasets"](given(data_dir=str(tmp_path)))
-    assert len(train) == 3 and len(evaluation) == 100 and train[0]["id"] == "100.png"
-    assert TrainingCollator(demo_processor)(list(train))["pixel_values"].shape[0] == 3
-    results = [Result("a", ["1"], "1", None), Result("b", ["2"], "3", None)]
-    assert names["metrics"](results) == {"accuracy": 0.5}
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            *("finetune_counts.py", "--data_dir", str(tmp_path), "--deepspeed", "none"),
+            *("--model_name_or_path", str(demo_checkpoint), "--output_dir", str(tmp_path / "out")),
+            *("--batch_size", "2", "--num_crops", "1", "--no-tqdm", "--max_new_tokens", "1"),
+        ],
+    )
+    importlib.import_module("finetune_counts").main()
+    result = json.loads((tmp_path / "out" / "eval_after.json").read_text())
+    assert result["ids"][:2] == ["0.png", "1.png"] and len(result["ids"]) == 100
+    assert result["answers_unique"][:5] == ["0", "1", "2", "3", "0"] and "accuracy" in result
+
+
+# ---------------------------------------------------------------- TrainingArguments
+
+
+@pytest.mark.parametrize("name", ["docvqa", "hateful_memes", "nlvr2", "ucf101"])
+def test_optimizer_and_schedule_of_the_recipes(name, tmp_path, monkeypatch):
+    """They are those fixed by the recipe, and a flag changes them."""
+    module = recipe(name)
+    made = []
+
+    class Made(Exception):
+        pass
+
+    def load_processor(args):
+        raise Made
+
+    def keep(*args, **settings):
+        made.append(trainer_arguments(*args, **settings))
+        return made[-1]
+
+    trainer_arguments = module.trainer_arguments
+    monkeypatch.setattr(module, "trainer_arguments", keep)
+    monkeypatch.setattr(module, "load_processor", load_processor)
+    for flags in ((), ("--optim", "adamw_bnb_8bit", "--warmup_steps", "100")):
+        argv = [name, "--output_dir", str(tmp_path), "--deepspeed", "none", *flags]
+        argv += ["--data_dir", "x"] if name == "ucf101" else []
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(Made):
+            module.main()
+    expected = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-7,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 50,
+        "logging_steps": 10,
+        "optim": "adamw_torch_fused",
+        "lr_scheduler_type": "linear",
+    }
+    assert {field: getattr(made[0], field) for field in expected} == expected
+    assert (made[1].optim, made[1].warmup_steps, made[1].adam_beta2) == (
+        "adamw_bnb_8bit",
+        100,
+        0.95,
+    )

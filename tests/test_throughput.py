@@ -89,10 +89,13 @@ def test_flops_are_those_that_pytorch_counts(demo_checkpoint, trained):
     length = vision.count_tokens(1, 2)
     ids = torch.full((1, length + 40), 9)
     ids[:, :length] = image_token
+    labels = ids.where(ids != image_token, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     batch = {
         "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": ids.where(ids != image_token, -100),
+        "labels": labels,
+        "logits_to_keep": shifted != -100,
+        "shift_labels": shifted[shifted != -100],
         "pixel_values": torch.zeros(1, 3, 3, vision.crop_size, vision.crop_size),
         "image_sizes": torch.tensor([[vision.crop_size, 2 * vision.crop_size]]),
     }

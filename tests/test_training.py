@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, apply_rotary_pos_emb
@@ -25,6 +25,7 @@ from phi3v.data.collators import GenerationCollator, TrainingCollator
 from phi3v.errors import RunError
 from phi3v.training import RecipeParser, load_processor, trainer_arguments
 from phi3v.training.generation import generate
+from phi3v.training.loading import add_adapters
 from phi3v.training.metrics import accuracy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -98,7 +99,7 @@ def test_lora_modules_of_the_real_model(frozen, key):
     with torch.device("meta"):
         config = Phi3VConfig.from_pretrained(GOLDEN / "config_full.json")
         model = AutoModelForCausalLM.from_config(config)
-        model = get_peft_model(model, lora_config(args), low_cpu_mem_usage=True)
+        model = add_adapters(model, lora_config(args), frozen)
     suffix = ".lora_A.default"
     modules = {
         name.removeprefix("base_model.model.").removesuffix(suffix)

@@ -136,9 +136,8 @@ class Phi3VImageEmbedding(nn.Module):
             image_order = token_order(rows, columns, m)
             orders.append(torch.where(image_order < 0, image_order, image_order + first))
             first += count * m * m
-        crops = torch.cat(
-            [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
-        )
+        crops = [image[:count] for image, count in zip(pixel_values, real_crops, strict=True)]
+        crops = torch.cat(crops) if len(crops) > 1 else crops[0]  # one image's are not copied
         patches = self.img_processor(crops)  # (crops, g * g, c)
         merged = (
             patches.view(len(patches), m, 2, m, 2, -1)
@@ -223,10 +222,7 @@ class Phi3VPreTrainedModel(Phi3PreTrainedModel):
 
 
 class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
-    """
-    Phi-3's decoder, whose input embeddings hold image features where the ids hold image
-    placeholders.
-    """
+    """Phi-3's decoder. Its input embeddings are images' features at the image placeholders."""
 
     def __init__(self, config: Phi3VConfig):
         super().__init__(config)
@@ -347,11 +343,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args, **kwargs) -> "Phi3VForCausalLM":
         # The official checkpoints hold the token embedding under a second name too. It is read, in
         # case it is the only one, and not written again.
-        alias = r"model\.vision_embed_tokens\.wte\.weight"
-        key_mapping = {
-            **(kwargs.pop("key_mapping", None) or {}),
-            alias: "model.embed_tokens.weight",
-        }
+        key_mapping = kwargs.pop("key_mapping", None) or {}
+        key_mapping[r"model\.vision_embed_tokens\.wte\.weight"] = "model.embed_tokens.weight"
         loaded = super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # The model's own names are the official ones, and saving has nothing to convert back. As of
@@ -359,8 +352,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         # under ZeRO-3 rename CLIP's tensors by a rule that loading had not used. This can go when
         # a renaming can be marked as one of loading alone.
         model._weight_conversions = []
-        # Loading replaces parameters and the generation config, and with them what __init__ had
-        # set.
+        # Loading replaces parameters and generation config, and what __init__ had set of them.
         model.model.vision_embed_tokens.img_processor.freeze_unused()
         model._stop_where_answers_end()
         return loaded
@@ -469,10 +461,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     def _switches_to_long_factors(
         self, input_ids: torch.Tensor, past_length: int, attention_mask: torch.Tensor | None
     ) -> bool:
-        """
-        Whether the longest row of `input_ids` (b, s) outgrows the short factors with the tokens not
-        yet cached.
-        """
+        """Whether the longest row of `input_ids` (b, s) outgrows the short factors in this step."""
         limit = self.config.original_max_position_embeddings
         length = input_ids.shape[1]
         if length <= limit or past_length == 0:

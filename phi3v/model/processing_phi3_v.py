@@ -9,6 +9,23 @@ from transformers.processing_utils import ProcessorMixin
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
+# Ahead of a chat template: messages whose content is a list of parts get the string that the
+# official template knows, with the images' tags.
+PARTS_TO_TAGS = (
+    "{%- set all = namespace(messages=[], images=0, text='') -%}"
+    "{%- for message in messages -%}"
+    "{%- set all.text = message['content'] if message['content'] is string else '' -%}"
+    "{%- for part in message['content'] if message['content'] is not string -%}"
+    "{%- if part['type'] == 'image' -%}"
+    "{%- set all.images = all.images + 1 -%}"
+    "{%- set all.text = all.text + '<|image_' + all.images | string + '|>\\n' -%}"
+    "{%- else -%}{%- set all.text = all.text + part['text'] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set all.messages = all.messages + [dict(message, content=all.text)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = all.messages -%}"
+)
+
 
 class ImageTags(Sequence):
     """
@@ -73,6 +90,8 @@ class Phi3VProcessor(ProcessorMixin):
         truncation: bool | str | None = None,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        videos: None = None,
+        audio: None = None,
         **images_kwargs,
     ) -> BatchFeature:
         """
@@ -128,6 +147,14 @@ class Phi3VProcessor(ProcessorMixin):
             return_tensors=return_tensors,
         )
         return BatchFeature({**encoded, **image_inputs})
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """
+        As the parent. A message's content is a string with tags, as in the official code, or a list
+        of parts, `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        """
+        template = PARTS_TO_TAGS + (chat_template or self.chat_template)
+        return super().apply_chat_template(conversation, template, **kwargs)
 
     def tokenize(self, texts: list[str], lengths: list[int]) -> list[list[int]]:
         """

@@ -28,8 +28,8 @@ from .output_folder import COMPLETE, OutputFolder, incompleteness
 
 FINGERPRINT_SAMPLES = 1000
 
-# Flags of all recipes that change neither the trained weights nor the order of the samples. Flags of
-# single recipes say where the data lies; a fingerprint tells whether it is the same.
+# Flags of all recipes that change neither the trained weights nor the order of the samples. A
+# single recipe's flags say where its data lies; a fingerprint tells whether it is the same.
 HARMLESS = {
     *("output_dir", "tqdm", "dataloader_num_workers", "merge_lora", "skip_bad_samples"),
     *("eval_only", "eval_steps", "eval_batch_size_per_gpu", "max_new_tokens"),

@@ -79,6 +79,7 @@ class Phi3VTrainer(Trainer):
         self.stopping = False
         self.saved_step: int | None = None  # of the last checkpoint
         self.saved = False  # the trained model
+        self.last_generated = (None, None, None)  # step, records, answers
         self.losses: list[tuple[list[str], torch.Tensor]] = []  # of a step's micro-batches
         self.overflows = 0
         # A rank that skips the vision tower would wait for others that run it.
@@ -215,13 +216,7 @@ class Phi3VTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         start = time.perf_counter()
-        with self._whole_model() as model, self.accelerator.autocast():
-            generated = generate(
-                *(model, self.processor, records, self.args, self.flags.max_new_tokens),
-                choices=self.choices,
-                desc=file_name,
-                stop=stopping.received,
-            )
+        generated = self._generate(records, file_name)
         if generated is None:
             if not self.is_in_train:
                 stopping.stop(f"{file_name}: left at SIGTERM.")
@@ -257,6 +252,21 @@ class Phi3VTrainer(Trainer):
                 if self.saved:
                     self._save_state()
         return metrics
+
+    def _generate(self, records: Sequence, desc: str) -> list[tuple[str, float | None]] | None:
+        step, theirs, generated = self.last_generated
+        if step == self.state.global_step and theirs is records and self.saved:
+            return generated  # the Trainer evaluates after the last step as well
+        with self._whole_model() as model, self.accelerator.autocast():
+            generated = generate(
+                *(model, self.processor, records, self.args, self.flags.max_new_tokens),
+                choices=self.choices,
+                desc=desc,
+                stop=stopping.received,
+            )
+        if not self.args.load_best_model_at_end:
+            self.last_generated = (self.state.global_step, records, generated)
+        return generated
 
     @contextlib.contextmanager
     def _whole_model(self) -> Iterator[torch.nn.Module]:
