@@ -606,27 +606,25 @@ def texts_in(tmp_path: Path, **files: str) -> Path:
 TEXTS = [[{"user": "a", "assistant": "b"}]]
 PICTURE = {"bytes": encoded("PNG"), "path": None}
 
+BROKEN = "train-00000-of-00001.parquet is broken .*replace the file"
+NOT_SAVED = "its files are not those that save_to_disk wrote"
+NO_TEXTS = "column texts must hold a list of {user, assistant}.*Convert"
+NO_IMAGES = "column images must hold a list of an image"
+
+# How a dataset is made, and what is said of it.
 SOURCES = {
-    "no folder": (
-        lambda p: p / "no",
-        "there is no such folder. Give --dataset_name_or_path a hub id",
-    ),
+    "no folder": (lambda p: p / "no", "there is no such folder. Give --dataset_name_or_path a hub"),
+    "a long name": (lambda p: p / ("a" * 5000), "there is no such folder. Give --dataset_name"),
     "empty folder": (
         lambda p: (p / "void").mkdir() or p / "void",
         "of the 0 parquet files below it, none is of this split",
     ),
-    "a long name": (
-        lambda p: p / ("a" * 5000),
-        "there is no such folder. Give --dataset_name_or_path a hub id",
+    "a json that crashes pyarrow": (
+        lambda p: texts_in(p, **{"a.json": "null"}),
+        "of the 0 parquet files .*with the columns {images, texts}",
     ),
-    "cut parquet": (
-        lambda p: broken_parquet(p, lambda content: content[:-20]),
-        r"train-00000-of-00001.parquet is broken .*replace the file",
-    ),
-    "empty parquet file": (
-        lambda p: broken_parquet(p, lambda content: b""),
-        r"train-00000-of-00001.parquet is broken .*replace the file",
-    ),
+    "cut parquet": (lambda p: broken_parquet(p, lambda content: content[:-20]), BROKEN),
+    "empty parquet file": (lambda p: broken_parquet(p, lambda content: b""), BROKEN),
     "zeros in a parquet file": (
         lambda p: broken_parquet(p, lambda content: content[:20] + bytes(300) + content[320:]),
         "cannot load split 'train' of .*Unknown encoding type",
@@ -637,76 +635,45 @@ SOURCES = {
     ),
     "saved with cut data": (
         lambda p: saved(p, lambda f: os.truncate(next(f.glob("*.arrow")), 100)),
-        "its files are not those that save_to_disk wrote",
+        NOT_SAVED,
     ),
     "saved with a broken state": (
         lambda p: saved(p, lambda f: (f / "state.json").write_text("{")),
-        "its files are not those that save_to_disk wrote",
+        NOT_SAVED,
     ),
     "saved with a state of null": (
         lambda p: saved(p, lambda f: (f / "state.json").write_text("null")),
-        "its files are not those that save_to_disk wrote",
+        NOT_SAVED,
     ),
     "files of other columns": (
         lambda p: shards(p, "train.parquet", "train2.parquet", other=["images", "text"]),
         "train2.parquet and .*train.parquet differ in the columns text, texts; convert one",
     ),
-    "a json that crashes pyarrow": (
-        lambda p: texts_in(p, **{"a.json": "null"}),
-        "of the 0 parquet files .*with the columns {images, texts}",
-    ),
     "a shard of three missing": (
         lambda p: shards(p, "train-00000-of-00003.parquet", "train-00002-of-00003.parquet"),
         r"/train-00001-of-00003 is missing \(1 in all\); download",
-    ),
-    "a shard missing in a sub-folder": (
-        lambda p: shards(p, "data/train-00001-of-00002-0123456789abcdef.parquet"),
-        "/data/train-00000-of-00002 is missing",
     ),
     "a shard of two downloads": (
         lambda p: shards(p, "train-00000-of-00001-ab.parquet", "train-00000-of-00001-cd.parquet"),
         "/train-.: 2 files for 1 parts; remove what is of another download",
     ),
-    "shards of two versions": (
-        lambda p: shards(p, *(f"train-{i:05}-of-{n:05}.parquet" for n in (1, 2) for i in range(n))),
-        "/train-.: 3 files for 2 parts",
-    ),
     "half a version and the rest of another": (
         lambda p: shards(p, "train-00000-of-00001.parquet", "train-00001-of-00002.parquet"),
         "/train-.: 2 files for 2 parts",
     ),
-    "no rows": (
-        lambda p: typed(p, images=[], texts=[]),
-        "cannot load split 'train' of ",
-    ),
-    "texts a string": (
-        lambda p: typed(p, images=[[PICTURE]], texts=["a"]),
-        "column texts must hold a list of {user, assistant}.*Convert",
-    ),
+    "no rows": (lambda p: typed(p, images=[], texts=[]), "cannot load split 'train' of "),
+    "texts a string": (lambda p: typed(p, images=[[PICTURE]], texts=["a"]), NO_TEXTS),
     "texts of other fields": (
         lambda p: typed(p, images=[[PICTURE]], texts=[[{"question": "a"}]]),
-        "column texts must hold a list of {user, assistant}.*question",
+        NO_TEXTS,
     ),
     "texts of numbers": (
         lambda p: typed(p, images=[[PICTURE]], texts=[[{"user": 1, "assistant": 2}]]),
-        "column texts must hold a list of {user, assistant}",
+        NO_TEXTS,
     ),
-    "texts an object": (
-        lambda p: typed(p, images=[[PICTURE]], texts=[{"user": "a", "assistant": "b"}]),
-        "column texts must hold a list of {user, assistant}",
-    ),
-    "images a string": (
-        lambda p: typed(p, images=["a.jpg"], texts=TEXTS),
-        "column images must hold a list of an image",
-    ),
-    "images paths": (
-        lambda p: typed(p, images=[["a.jpg"]], texts=TEXTS),
-        "column images must hold a list of an image",
-    ),
-    "all images null": (
-        lambda p: typed(p, images=[None], texts=TEXTS),
-        "column images must hold a list of an image",
-    ),
+    "images a string": (lambda p: typed(p, images=["a.jpg"], texts=TEXTS), NO_IMAGES),
+    "images paths": (lambda p: typed(p, images=[["a.jpg"]], texts=TEXTS), NO_IMAGES),
+    "all images null": (lambda p: typed(p, images=[None], texts=TEXTS), NO_IMAGES),
 }
 
 
@@ -839,24 +806,6 @@ def test_checking_a_bad_file(tmp_path, image_dir, capsys):
     assert "\nimage tokens per sample: min 1,921" in printed
     assert check([str(write(tmp_path, "")), "--image_dir", str(image_dir)]) == 1
     assert "the file has no records" in capsys.readouterr().out
-
-
-def test_checking_runs_no_code_of_a_model_folder(tmp_path, image_dir, monkeypatch, capsys):
-    """Even where somebody answers yes to transformers' question whether to run it."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'called')!r}, 'w')\nclass Own: pass\n")
-    monkeypatch.setattr("builtins.input", lambda question="": "y")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
-    path = write(tmp_path, good("a", "b.jpg"))
-    flags = ["--image_dir", str(image_dir), "--model_name_or_path", str(folder)]
-    assert check([str(path), *flags]) == 0
-    assert "cannot be loaded, so only the tokens of images" in capsys.readouterr().out
-    assert not (tmp_path / "called").exists()
 
 
 def test_checking_for_a_reader_that_has_gone(tmp_path, image_dir, monkeypatch):

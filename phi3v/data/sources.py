@@ -87,7 +87,7 @@ def load_rows(
 def _load_folder(folder: Path, config: str | None, split: str) -> datasets.Dataset:
     """
     Parquet files alone: datasets 5.2 guesses a folder's format by most of its files, and pyarrow
-    25 crashes on a .json of `null`.
+    26 crashes on a .json of `null`.
     """
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         try:
