@@ -22,13 +22,13 @@ import time
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig
 
 from benchmarks.baseline import BaselineForCausalLM
 from benchmarks.models import SIZES, make_config, save_random
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 from phi3v import Phi3VForCausalLM
-from phi3v.training.loading import lora_config, quantization_config
+from phi3v.training.loading import add_adapters, quantization_config
 
 METHODS = ("full", "frozen", "lora", "qlora")
 SWITCH = ("yes", "no")
@@ -61,6 +61,19 @@ def make_batch(
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+LORA = LoraConfig(
+    r=64,
+    lora_alpha=128,
+    target_modules=[
+        *("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"),
+        *("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        *("img_projection.0", "img_projection.2"),
+    ],
+    init_lora_weights="gaussian",
+    task_type="CAUSAL_LM",
+)
+
+
 def load(args: argparse.Namespace, device: str, dtype: torch.dtype) -> torch.nn.Module:
     kind = Phi3VForCausalLM if args.child == "ours" else BaselineForCausalLM
     attention = args.attention if args.child == "ours" else "eager"
@@ -74,10 +87,7 @@ def load(args: argparse.Namespace, device: str, dtype: torch.dtype) -> torch.nn.
     if args.method == "frozen":
         model.model.vision_embed_tokens.requires_grad_(False)
     if args.method in ("lora", "qlora"):
-        flags = argparse.Namespace(
-            freeze_vision_model=False, lora_rank=64, lora_alpha_ratio=2, lora_dropout=0.0
-        )
-        model = get_peft_model(model, lora_config(flags, model))
+        model = add_adapters(model, LORA)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -1,6 +1,5 @@
 """The benchmarks' baseline computes the official numbers, so what it is compared with is fair."""
 
-import argparse
 import importlib
 import json
 import shlex
@@ -8,16 +7,16 @@ import sys
 
 import pytest
 import torch
-from peft import get_peft_model
 
 from benchmarks.baseline import BaselineForCausalLM, preprocess
 from benchmarks.scaling import memory_gb
 from benchmarks.side_by_side import in_turns, ratios, spread
+from benchmarks.training_step import LORA
 from conftest import GOLDEN, REPO
 from golden_util import make_image
 from helpers.forward_cases import CASES, WITH_LOSS, case_inputs, check_outputs, rows
 from phi3v import Phi3VImageProcessor
-from phi3v.training.loading import lora_config
+from phi3v.training.loading import add_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 PIXELS = json.loads((GOLDEN / "processor.json").read_text())["cases"]
@@ -78,10 +77,7 @@ def check_answer(model, case: dict, inputs: dict) -> None:
 def test_baseline_trains_adapters(tiny_checkpoint, forward_cases, checkpointing):
     """New adapters change nothing, and get gradients in every layer that they are added to."""
     case, baseline = forward_cases["single_small"], load_baseline(tiny_checkpoint)
-    flags = argparse.Namespace(
-        freeze_vision_model=False, lora_rank=4, lora_alpha_ratio=2, lora_dropout=0.0
-    )
-    model = get_peft_model(baseline, lora_config(flags, baseline)).train()
+    model = add_adapters(baseline, LORA).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -9,7 +9,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers.models.phi3 import modeling_phi3
 
 from conftest import GOLDEN
 from helpers.records import RECORDS
@@ -18,7 +20,13 @@ from phi3v import Phi3VProcessor
 from phi3v.errors import RunError
 from phi3v.training import trainer_arguments
 from phi3v.training.generation import generate
-from phi3v.training.loading import load_processor, load_weights, quantization_config
+from phi3v.training.loading import (
+    add_adapters,
+    load_processor,
+    load_weights,
+    quantization_config,
+    use_fused_kernels,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -186,7 +194,10 @@ WRONG = {
         config(**{f"{CLIP}__layers": 3}),
         r"clip_config has no field \['layers'\]",
     ),
-    "clip patch 0": (config(**{f"{CLIP}__patch_size": 0}), "patch_size"),
+    "clip patch 0": (
+        config(**{f"{CLIP}__patch_size": 0}),
+        "the image processor: ZeroDivisionError",
+    ),
     "clip hidden size 0": (config(**{f"{CLIP}__hidden_size": 0}), "config.json"),
     "field that shadows a method": (
         config(to_dict=5),
@@ -353,10 +364,11 @@ def test_values_beyond_fp16(folder):
             load_weights(str(folder), **precision)
 
 
-def test_values_of_4_bits(folder):
-    """A weight that is not finite is found where it is in 4 bits already, too."""
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_become_4_bits(folder, value):
+    """A weight that is not finite is found, though 4 bits would hide it."""
     name = "model.layers.0.mlp.down_proj.weight"
-    weights(lambda tensors: tensors[name].view(-1)[70].fill_(float("inf")))(folder)
+    weights(lambda tensors: tensors[name].view(-1)[70].fill_(value))(folder)
     with pytest.raises(RunError, match=f"{name} holds values from"):
         load_weights(
             str(folder),
@@ -407,6 +419,38 @@ def test_official_folder(tokenizer_folder, tmp_path):
     assert type(processor) is Phi3VProcessor and processor.image_processor.num_crops == 16
     with pytest.raises(RunError, match="it holds no weights as .safetensors"):
         load_weights(str(tmp_path / "official"), torch.float32)
+
+
+LORA = LoraConfig(r=4, target_modules=["qkv_proj", "lm_head", "q_proj", "img_projection.0"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_adapters_are_where_they_learn(folder, frozen):
+    """What is never run gets none, nor what is frozen; the recipe's config stays as it is."""
+    model = load_weights(str(folder), torch.float32)
+    model.model.vision_embed_tokens.requires_grad_(not frozen)
+    names = [n for n, p in add_adapters(model, LORA).named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in names) and LORA.exclude_modules is None
+    places = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in names}
+    layer = "model.vision_embed_tokens.img_processor.vision_model.encoder.layers.{}.self_attn"
+    language = {"lm_head", *(f"model.layers.{i}.self_attn.qkv_proj" for i in range(2))}
+    vision = {layer.format(i) + ".q_proj" for i in range(2)}
+    vision.add("model.vision_embed_tokens.img_projection.0")
+    assert places == (language if frozen else language | vision)
+
+
+def test_fused_kernels_take_the_place_of_the_decoders_own(folder, monkeypatch):
+    """Of every norm, MLP and RoPE of the decoder, and not of the head and loss."""
+    transformers = pytest.importorskip("liger_kernel.transformers")
+    for name in ("apply_rotary_pos_emb", "Phi3RMSNorm", "Phi3MLP"):  # put back at the end
+        monkeypatch.setattr(modeling_phi3, name, getattr(modeling_phi3, name))
+    model = load_weights(str(folder), torch.float32)
+    use_fused_kernels(model)
+    forwards = [module.forward.__func__ for module in model.modules()]
+    assert forwards.count(transformers.LigerRMSNorm.forward) == 2 * 2 + 1
+    assert forwards.count(transformers.LigerPhi3SwiGLUMLP.forward) == 2
+    assert modeling_phi3.apply_rotary_pos_emb is transformers.liger_rotary_pos_emb
+    assert model.forward.__func__ is type(model).forward
 
 
 CODE = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: pass\n"

@@ -99,7 +99,8 @@ def test_lora_modules_of_the_real_model(frozen, key):
     with torch.device("meta"):
         config = Phi3VConfig.from_pretrained(GOLDEN / "config_full.json")
         model = AutoModelForCausalLM.from_config(config)
-        model = add_adapters(model, lora_config(args), frozen)
+        model.model.vision_embed_tokens.requires_grad_(not frozen)
+        model = add_adapters(model, lora_config(args))
     suffix = ".lora_A.default"
     modules = {
         name.removeprefix("base_model.model.").removesuffix(suffix)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -185,8 +185,7 @@ def load_model(
     DeepSpeed keeps a float32 copy or where they are frozen under adapters.
 
     Args:
-        lora: the adapters of --use_lora. What is never run, or frozen by --freeze_vision_model,
-            gets none.
+        lora: the adapters of --use_lora, see `add_adapters`.
 
     Raises:
         RunError: the folder is not a whole checkpoint of this model, or nothing is left to train.
@@ -222,7 +221,7 @@ def load_model(
         # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
         model.model.vision_embed_tokens.requires_grad_(False)
     if args.use_lora:
-        model = add_adapters(model, lora, args.freeze_vision_model)
+        model = add_adapters(model, lora)
     if args.torch_compile:
         compile_layers(model)
     # A shard of ZeRO-3 says in ds_numel how large the whole is.
@@ -233,14 +232,14 @@ def load_model(
     return model
 
 
-def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig, freeze_vision: bool) -> PeftModel:
-    """The model with adapters on the targets of `lora`, but for what is frozen or never run."""
+def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
+    """`model` with adapters where `lora` wants them, save in parts that are frozen or never run."""
+    vision = model.model.vision_embed_tokens
     # CLIP's last layer is never run, see `Phi3VVisionTower`.
-    last = model.config.vision_config.num_hidden_layers - 1
-    layer = rf"vision_model\.encoder\.layers\.{last}"
-    excluded = "vision_embed_tokens" if freeze_vision else layer
+    idle = rf"encoder\.layers\.{len(vision.img_processor.vision_model.encoder.layers) - 1}"
+    frozen = not any(parameter.requires_grad for parameter in vision.parameters())
     lora = copy.copy(lora)
-    lora.exclude_modules = rf".*\.{excluded}\..*"
+    lora.exclude_modules = rf".*\.vision_embed_tokens\..*{'' if frozen else idle}\..*"
     return get_peft_model(model, lora)
 
 
@@ -261,12 +260,17 @@ def load_weights(
         if (folder / "generation_config.json").exists():
             # It is strict on saving alone: too late, when the model is trained.
             GenerationConfig.from_pretrained(folder).validate(strict=True)
-    _check_tensors(flag, _shards(flag, folder), config)
+    shards = _shards(flag, folder)
+    _check_tensors(flag, shards, config)
+    if "quantization_config" in kwargs:  # 4 bits hide what is not a number
+        _check_values(flag, _read(shards), computed_in or dtype)
     with phase(f"{flag}: its weights"):
         model = Phi3VForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kwargs
         )
-    _check_values(flag, model, computed_in or dtype)
+    # Of ZeRO-3, every rank has a shard.
+    values = ((name, getattr(p, "ds_tensor", p.detach())) for name, p in model.named_parameters())
+    _check_values(flag, values, computed_in or dtype)
     # An adapter names its base model: by the hub id, not by a folder of the cache.
     model.name_or_path = model.config.name_or_path = name
     return model
@@ -327,14 +331,20 @@ def _check_tensors(flag: str, shards: list[Path], config: Phi3VConfig) -> None:
             require(has == needs, f"{name} is of shape {has}, and by config.json of {needs}.")
 
 
-def _check_values(flag: str, model: Phi3VForCausalLM, dtype: torch.dtype) -> None:
+def _read(shards: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in shards:
+        with safe_open(path, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  it is no dict
+                yield name, shard.get_tensor(name)
+
+
+def _check_values(
+    flag: str, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
     """Raise RunError at weights that are not finite in `dtype`."""
     largest = torch.finfo(dtype).max
     with phase(f"{flag}: its weights") as require:
-        for name, parameter in model.named_parameters():
-            values = getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO-3: a rank's shard
-            if (state := getattr(parameter, "quant_state", None)) is not None:
-                values = state.absmax  # of 4 bits
+        for name, values in weights:
             if values.numel() > 0:
                 low, high = (value.item() for value in values.aminmax())  # NaN, where there is one
                 finite = -largest <= low and high <= largest
