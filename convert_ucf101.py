@@ -23,6 +23,7 @@ Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of 
          which then repeat. ignored: no video. --strict stops at the first of these.
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
          changed since are made anew. There is no ucf101_*.jsonl before all is done.
+         A run that was killed leaves what it extracted in --tmp_dir.
 Refused  An out_dir with images or jsonl that this script did not write, or that an older version
          without converted.jsonl wrote (delete it). Files that point to others, such as playlists.
 
