@@ -16,7 +16,6 @@ from phi3v.data.collators import TrainingCollator
 from phi3v.data.images import load_images
 from phi3v.data.records import Records
 from phi3v.errors import DataError
-from phi3v.training import Result
 from small_datasets import cauldron_row, examples_row, picture, write_parquet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
