@@ -138,9 +138,9 @@ def download_archive() -> Path:
         ) from error
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+def count(text: str) -> int:
+    if not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 1000")
     return int(text)
 
 
@@ -153,9 +153,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tmp_dir", type=Path, default="/tmp/ucf101", help="extract here (default: %(default)s)")
     source.add_argument("--archive", type=Path, help=f"a tar in place of the hub's {HUB_FILE}")
     source.add_argument("--video_dir", type=Path, help=f"folder with {LAYOUT}")
-    add("--num_frames", type=positive, default=8, help="frames per video (default: 8)")
-    add("--num_workers", type=positive, default=os.cpu_count(), help="default: all CPUs")
-    add("--max_video_gb", type=positive, default=1, help="larger videos fail (default: 1)")
+    add("--num_frames", type=count, default=8, help="frames per video (default: 8)")
+    add("--num_workers", type=count, default=os.cpu_count(), help="default: all CPUs")
+    add("--max_video_gb", type=count, default=1, help="larger videos fail (default: 1)")
     add("--strict", action="store_true", help="stop at the first bad file")
     add("--no-tqdm", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
