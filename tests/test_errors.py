@@ -1,34 +1,46 @@
 """What is said of failures, and where their tracebacks are."""
 
+import atexit
 import json
-import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import REPO
-from phi3v.errors import DataError, RunError, phase
-
-FAILURES = """
-import sys
-from phi3v.errors import RunError, explain_failures, phase
-
-explain_failures(sys.argv[1])
-with phase("--deepspeed x.json"):
-    {failure}
-1 / 0
-"""
+from phi3v.errors import DataError, RunError, explain_failures, phase
 
 
-def fail(failure: str, output_dir: Path, **environment: str) -> str:
-    code = FAILURES.format(failure=failure)
-    command = [sys.executable, "-c", code, str(output_dir)]
-    env = {"PATH": "/usr/bin", "PYTHONPATH": str(REPO), "TMPDIR": str(output_dir.parent)}
-    run = subprocess.run(command, env=env | environment, capture_output=True, text=True)
-    assert run.returncode == 1
-    return run.stderr
+@pytest.fixture
+def fail(monkeypatch, capsys):
+    """Let a run with this output folder end by `failure`; what is printed."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back at the end
+    monkeypatch.setattr(atexit, "register", lambda function: function)
+
+    def end(failure: Callable[[], object], output_dir: Path, **environment: str) -> str:
+        monkeypatch.setattr(tempfile, "tempdir", str(output_dir.parent))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        explain_failures(output_dir)
+        try:
+            with phase("--deepspeed x.json"):
+                failure()
+            1 / 0  # noqa: B018
+        except (RunError, ZeroDivisionError) as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        return capsys.readouterr().err
+
+    return end
+
+
+def missing_key() -> None:
+    {}["a"]
+
+
+def our_own() -> None:
+    raise RunError("mine")
 
 
 def test_what_libraries_raise():
@@ -59,36 +71,36 @@ def test_what_passes_a_phase():
         assert raised.value is error
 
 
-def test_a_library_fails(tmp_path):
+def test_a_library_fails(fail, tmp_path):
     """One line that says where the traceback is, also where that is not the output folder."""
-    said = fail("{}['a']", tmp_path / "out")
+    said = fail(missing_key, tmp_path / "out")
     path = tmp_path / "out" / ".phi3v" / "error.txt"
     message = "error: --deepspeed x.json: KeyError: 'a'. The traceback is in "
     assert said == f"{message}{path}.\n" and "Traceback" in path.read_text()
     (tmp_path / "file").touch()
-    said = fail("{}['a']", tmp_path / "file")
+    said = fail(missing_key, tmp_path / "file")
     [path] = tmp_path.glob("phi3v-*/error.txt")
     assert said == f"{message}{path}.\n"
 
 
-def test_torchruns_record(tmp_path):
+def test_torchruns_record(fail, tmp_path):
     """It holds the message, of the rank that failed."""
     environment = {"RANK": "3", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "record.json")}
-    assert fail("{}['a']", tmp_path, **environment) == ""
+    assert fail(missing_key, tmp_path, **environment) == ""
     path = tmp_path / ".phi3v" / "error-rank3.txt"
     record = json.loads((tmp_path / "record.json").read_text())["message"]
     assert record["message"] == (f"--deepspeed x.json: KeyError: 'a'. The traceback is in {path}.")
     assert path.exists()
 
 
-def test_a_mistake_of_the_code(tmp_path):
+def test_a_mistake_of_the_code(fail, tmp_path):
     """Python's traceback, and the file."""
-    said = fail("pass", tmp_path)
+    said = fail(lambda: None, tmp_path)
     trace = (tmp_path / ".phi3v" / "error.txt").read_text()
     assert said.startswith(trace) and "ZeroDivisionError" in said and "error.txt" in said
 
 
-def test_an_error_of_ours(tmp_path):
+def test_an_error_of_ours(fail, tmp_path):
     """Nothing but the message."""
-    assert fail("raise RunError('mine')", tmp_path) == "error: mine\n"
+    assert fail(our_own, tmp_path) == "error: mine\n"
     assert not list(tmp_path.iterdir())
