@@ -441,7 +441,8 @@ def test_adapters_are_where_they_learn(folder, frozen):
 
 def test_fused_kernels_take_the_place_of_the_decoders_own(folder, monkeypatch):
     """Of every norm, MLP and RoPE of the decoder, and not of the head and loss."""
-    transformers = pytest.importorskip("liger_kernel.transformers")
+    from liger_kernel import transformers
+
     for name in ("apply_rotary_pos_emb", "Phi3RMSNorm", "Phi3MLP"):  # put back at the end
         monkeypatch.setattr(modeling_phi3, name, getattr(modeling_phi3, name))
     model = load_weights(str(folder), torch.float32)
