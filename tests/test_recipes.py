@@ -284,6 +284,8 @@ def test_too_few_rows_to_split(tmp_path):
     folder = write_parquet(tmp_path / "small", "train", rows)
     with pytest.raises(DataError, match=r"small has 3 rows, none of them in train\[500:\]"):
         load("nlvr2", dataset_name_or_path=str(folder), num_eval_rows=500)
+    with pytest.raises(DataError, match=r"train\[-1:\] is no part of a split"):
+        load("nlvr2", dataset_name_or_path=str(folder), num_eval_rows=-1)
 
 
 def test_a_dataset_that_is_not_there(tmp_path):

@@ -50,7 +50,9 @@ def load_rows(
     if name.endswith((".json", ".jsonl")):
         return Lines(name, *layouts)
     folder = Path(name)
-    whole, start, stop = PART.fullmatch(split).groups()
+    if not (part := PART.fullmatch(split)):
+        raise DataError(f"{split} is no part of a split. Take one like train[500:].")
+    whole, start, stop = part.groups()
     try:
         if os.path.isdir(folder):
             rows = _load_folder(folder, config, whole)
