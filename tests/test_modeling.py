@@ -223,7 +223,7 @@ def test_saved_config_is_official(tiny_checkpoint, tmp_path):
         "architectures",
     ):
         assert saved[key] == official[key], key
-    assert "rope_parameters" not in saved
+    assert "rope_parameters" not in saved and "vision_config" not in saved
     assert saved["auto_map"] == official["auto_map"]
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [32000, 32001, 32007]

@@ -103,6 +103,7 @@ class Phi3VProcessor(ProcessorMixin):
                 `padding_side`.
             truncation, max_length: as for a tokenizer, for texts without images. A text with images
                 is never cut.
+            videos, audio: transformers' chats pass None.
             images_kwargs: passed on to the image processor, `num_crops` for example.
 
         Returns:
