@@ -189,7 +189,7 @@ WRONG = {
         r"in config.json image_token_id 5",
     ),
     "img_processor a string": (config(img_processor="clip"), "config.json: TypeError: .*"),
-    "clip a list": (config(**{CLIP: [1]}), "config.json: AttributeError"),
+    "clip a list": (config(**{CLIP: [1]}), "config.json: TypeError"),
     "clip field of no such name": (
         config(**{f"{CLIP}__layers": 3}),
         r"clip_config has no field \['layers'\]",

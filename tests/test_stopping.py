@@ -104,12 +104,12 @@ def test_a_checkpoint_comes_before_the_evaluation_of_its_step(demo_checkpoint, t
 
 def test_sigterm_after_the_last_step(demo_checkpoint, tmp_path):
     """The model can still be saved. The last evaluation is left, with SIGTERM's exit status."""
-    run = Run(demo_checkpoint, tmp_path)
-    run.train()
+    trainer = make_trainer(arguments(demo_checkpoint, tmp_path))
+    trainer.train()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stopping.received()
-    run.trainer.save_model()
+    trainer.save_model()
     with pytest.raises(SystemExit) as stopped:
-        run.trainer.evaluate(file_name="eval_after.json")
+        trainer.evaluate(file_name="eval_after.json")
     assert stopped.value.code == stopping.STOPPED
-    assert (tmp_path / "model.safetensors").exists() and not run.folder.finished
+    assert (tmp_path / "model.safetensors").exists() and not trainer.folder.finished

@@ -624,7 +624,7 @@ kept = dist.group.WORLD  # as DDP keeps it
 for task in Path("/proc/self/task").iterdir():
     if "gloo_runloop" in (task / "comm").read_text():
         os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
-explain_failures()
+explain_failures("out")
 
 
 def collect():
