@@ -10,8 +10,8 @@ Turn a video dataset into frames and jsonl for finetune_hf_trainer_ucf101.py.
 
 gives
 
-    out_dir/images/{train,val,test}/<class>/<video>.<0..7>.jpg     8 frames a video
-    out_dir/ucf101_{train,val,test}.jsonl                          1 line a video
+    out_dir/images/{train,val,test}/<class>/<video>.<0..7>.jpg     8 frames per video
+    out_dir/ucf101_{train,val,test}.jsonl                          1 line per video
     out_dir/converted.jsonl                                        what came from which video
 
 For a dataset of your own, edit find_videos and to_record: which videos there are, and what the

@@ -6,10 +6,10 @@ What the conversion of videos costs, against decoding them and nothing else.
 makes an archive like the UCF101 subset (320x240, 186 frames, 25 a second, XVID in avi, 530 kB a
 video: real photographs that move) and prints, as medians of the rounds with their range,
 
-    CPU time a video    decoding alone (PyAV, one thread), `convert_video` of phi3v,
+    CPU time per video    decoding alone (PyAV, one thread), `convert_video` of phi3v,
                         the script with one and with two workers, and the textbook way: all frames
                         to RGB images, 8 of them to JPEG
-    wall time a video   the same
+    wall time per video   the same
     gain of a second    two processes against one: what the script's workers gain, and what the
                         machine gives to two processes that share nothing and only decode
 

@@ -1,5 +1,5 @@
 """
-Samples a second of generation: ours in batches, the baseline one sample at a time.
+Samples per second of generation: ours in batches, the baseline one sample at a time.
 
     python -m benchmarks.evaluation                     # a scaled-down model on a CPU
     python -m benchmarks.evaluation --size full         # Phi-3.5-vision's size on a GPU, in bf16
@@ -73,7 +73,7 @@ def generate(model, batches: list[dict], new_tokens: int) -> tuple[float, torch.
 def main():
     parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
-    parser.add_argument("--samples", type=int, default=8, help="prompts a round (8)")
+    parser.add_argument("--samples", type=int, default=8, help="prompts per round (8)")
     parser.add_argument("--batch_size", type=int, default=8, help="ours (8)")
     parser.add_argument("--new_tokens", type=int, default=8, help="of every answer (8)")
     args = parser.parse_args()

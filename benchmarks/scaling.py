@@ -6,9 +6,9 @@ cluster. `benchmarks/SCALING.md` reads the tables.
     python -m benchmarks.scaling --parts cluster    # the arithmetic alone, nothing is measured
 
 `samples`: a step (forward, backward, AdamW) of ours on the scaled-down model, and the collator's
-time for its batch. `rows`: `load_records` on a jsonl of eight images a row, in the first run
+time for its batch. `rows`: `load_records` on a jsonl of eight images per row, in the first run
 on the file and in the next one, each in a process of its own. `processes`: the same step under DDP,
-one sample and one thread a process.
+one sample and one thread per process.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def cluster_rows(args: argparse.Namespace) -> list[list[str]]:
     Step times of full finetuning, from the sizes of the model and assumed rates of the hardware.
 
     The backward pass is two thirds of the step's work, and hides that much of the gradients' way.
-    ZeRO-2 sums gradients in bf16 after every micro-batch and gathers the weights once a step;
+    ZeRO-2 sums gradients in bf16 after every micro-batch and gathers the weights once per step;
     ZeRO-3 gathers weights in the forward and the backward pass as well, which is hidden by the work
     as far as it goes; hybrid sharding does so inside a machine, and sums shards of gradients
     between machines.
@@ -210,7 +210,7 @@ def cluster_rows(args: argparse.Namespace) -> list[list[str]]:
 
 def memory_gb(weights: int, gpus: int, kind: str) -> float:
     """
-    GB a GPU for weights, gradients (bf16), and AdamW's two moments and a copy of the weights
+    GB per GPU for weights, gradients (bf16), and AdamW's two moments and a copy of the weights
     (float32). ZeRO-2 shares out all but the weights, ZeRO-3 everything.
     """
     shared = (2 + 3 * 4) * weights / gpus
@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of a GPU in bf16 (989)")
     parser.add_argument("--mfu", type=float, default=0.45, help="that one GPU reaches (0.45)")
     parser.add_argument("--nvlink", type=float, default=400, help="GB/s inside a machine (400)")
-    parser.add_argument("--network", type=float, default=50, help="GB/s a GPU between (50)")
+    parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between (50)")
     parser.add_argument("--image_mb", type=float, default=0.5, help="of a page on disk (0.5)")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -254,7 +254,7 @@ def print_part(part: str, args: argparse.Namespace) -> None:
         report("Growth with processes", header, rows, args.save, part)
     else:
         header = [
-            *("GPUs", "samples a GPU", "batch", "work, s", "weights' way, GB"),
+            *("GPUs", "samples per GPU", "batch", "work, s", "weights' way, GB"),
             *("ZeRO-2, s", "ZeRO-3, s", "hybrid, s", "ZeRO-2, GB", "ZeRO-3, GB"),
             *("samples/s", "MB read/s"),
         ]

@@ -95,7 +95,7 @@ def load(args: argparse.Namespace, device: str, dtype: torch.dtype) -> torch.nn.
 
 
 def run_child(args: argparse.Namespace) -> None:
-    """One side in this process: print the seconds a step and the peak memory as JSON."""
+    """One side in this process: print the seconds per step and the peak memory as JSON."""
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     libraries = process_memory("VmRSS")

@@ -54,7 +54,7 @@ def image_sizes(record: dict) -> list[tuple[int, int]]:
     return [image.size for image in _read_all(record, None, lambda image, file: None)]
 
 
-def undecoded(image: object) -> object:
+def image_source(image: object) -> object:
     """The bytes or the path of an image that `datasets` has not decoded; others as they are."""
     if not isinstance(image, dict):
         return image
@@ -72,7 +72,7 @@ def _read_all(
     for turn, content in enumerate(record["conversations"]):
         for number, image in enumerate(content["images"]):
             try:
-                images.append(_read(undecoded(image), image_processor, look))
+                images.append(_read(image_source(image), image_processor, look))
             except DataError as error:
                 raise DataError(
                     f"sample {quoted(record['id'])}, conversations[{turn}].images[{number}]: "

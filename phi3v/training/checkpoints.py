@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from ..data.images import undecoded
+from ..data.images import image_source
 from ..distributed import on_first_rank, print_first
 from ..errors import RunError, phase
 from .arguments import RecipeParser
@@ -211,7 +211,7 @@ def fingerprint(dataset: Sequence) -> str:
 
 
 def _image_identity(image: object) -> list:
-    image = undecoded(image)
+    image = image_source(image)
     if isinstance(image, bytes):
         return [hashlib.sha256(image).hexdigest()]
     if isinstance(image, str | Path):

@@ -45,7 +45,7 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
     if deepspeed:
         _check_deepspeed(args, deepspeed)
     with phase("starting the processes"):
-        _meet_again(on_gpu)
+        _init_after_restart(on_gpu)
         if deepspeed:
             _prepare_deepspeed(on_gpu)
     _quieten(first, args.tqdm and first)
@@ -135,7 +135,7 @@ def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
                 raise RunError(f"--{flag} with --deepspeed {path}: {why}")
 
 
-def _meet_again(on_gpu: bool) -> None:
+def _init_after_restart(on_gpu: bool) -> None:
     """
     Start the process group where torchrun has restarted the ranks (--max_restarts).
 
