@@ -38,8 +38,8 @@ def in_turns(
     variants: dict[str, Callable[[], Measured]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[Measured]]:
     """
-    Call every variant once per round, after `warm_up` rounds that do not count, and collect what they
-    return. Whatever slows the machine for a while slows all of them.
+    Call every variant once per round, after `warm_up` rounds that do not count, and collect what
+    they return. Whatever slows the machine for a while slows all of them.
     """
     measured = {name: [] for name in variants}
     for number in range(warm_up + rounds):
