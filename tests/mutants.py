@@ -337,6 +337,13 @@ MUTANTS = [
         "test_recipes",
     ),
     Mutant(
+        "evaluation: a row begins later than its prompt",
+        "phi3v/training/generation.py",
+        "enumerate(attention_mask[:, 0, -1].sum(-1).tolist())",
+        "enumerate((attention_mask[:, 0, -1].sum(-1) - 1).tolist())",
+        "test_training",
+    ),
+    Mutant(
         "evaluation: left at SIGTERM, and written all the same",
         "phi3v/training/generation.py",
         "            if stop():\n                break\n",

@@ -158,7 +158,7 @@ def test_memory_of_a_cluster():
         ("conversion", "--videos 2 --rounds 1", "gain of a second", 6),
         ("startup", "--rounds 1", "of the Trainer's import", 5),
         ("scaling", "--parts samples --size tiny --steps 1", "GFLOP/s", 11),
-        ("scaling", "--parts rows --rows 20 30", "next start, s", 2),
+        ("scaling", "--parts rows --rows 20 30", "start, s", 2),
         ("scaling", "--parts processes --size tiny --steps 1", "times one process", 2),
         ("scaling", "--parts cluster", "hybrid, s", 10),
     ],

@@ -8,7 +8,14 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import GenerationConfig, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ..data.collators import GenerationCollator
 from ..distributed import any_rank
@@ -72,6 +79,7 @@ def generate(
     hidden = args.disable_tqdm or args.process_index != 0
     with (
         _instead_of_its_own(greedy, model),
+        row_by_row(model),
         tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
     ):
         for batch in loader:
@@ -111,6 +119,48 @@ def _size(record: dict) -> tuple[int, int]:
     """What a prompt's length goes by: its images, then its text."""
     turns = record["conversations"]
     return sum(len(turn["images"]) for turn in turns), sum(len(turn["user"]) for turn in turns)
+
+
+def attend_row_by_row(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Transformers' sdpa attention for prompts padded on the left: each row without its padding, which
+    then needs no mask, so the causal kernel computes half of the pairs.
+
+    `query`, `key` and `value` are (b, heads, s, head_dim), `attention_mask` (b, 1, s, s) bool.
+    """
+    if attention_mask is None or query.shape[2] != key.shape[2]:  # no padding, or a token to come
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output = query.new_zeros(query.shape).transpose(1, 2)  # (b, s, heads, head_dim)
+    for row, length in enumerate(attention_mask[:, 0, -1].sum(-1).tolist()):
+        parts = (tensor[row : row + 1, :, -length:] for tensor in (query, key, value))
+        output[row, -length:] = sdpa_attention_forward(module, *parts, None, **kwargs)[0][0]
+    return output, None
+
+
+ROW_BY_ROW = "phi3v_row_by_row"
+AttentionInterface.register(ROW_BY_ROW, attend_row_by_row)
+AttentionMaskInterface.register(ROW_BY_ROW, sdpa_mask)
+
+
+@contextlib.contextmanager
+def row_by_row(model: torch.nn.Module) -> Iterator[None]:
+    """Let the decoder attend by `attend_row_by_row` where it attends by sdpa."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config._attn_implementation != "sdpa":
+        yield
+        return
+    base.set_attn_implementation(ROW_BY_ROW)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation("sdpa")
 
 
 @contextlib.contextmanager
