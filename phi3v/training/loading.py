@@ -369,11 +369,12 @@ def compile_layers(model: Phi3VForCausalLM | PeftModel) -> None:
     Compile the decoder's and CLIP's layers for training, one by one and in place: layers of a kind
     share the compiled code, and tensors keep their names.
     """
-    # Gradients of one layer are sent while the next is computed, without DDP splitting layers for
-    # it; it cannot split those that are computed again in the backward pass.
+    # DDPOptimizer does not split graphs with a higher order op (torch 2.14, `has_higher_order_op`
+    # in torch/_dynamo/backends/distributed.py), as gradient checkpointing makes them. Gradients of
+    # one layer are sent while the next is computed without it. It can go when it splits those too.
     torch._dynamo.config.optimize_ddp = False
-    # By default 8, for all layers together. Some are needed: one row or several, with padding or
-    # without, input with gradients or without. Past the limit, layers are no longer compiled.
+    # By default 8, for all layers together (torch 2.14). More are needed: one row or several, packed
+    # or not, input with gradients or without. Past the limit, layers are no longer compiled.
     torch._dynamo.config.recompile_limit = 32
     for module in model.modules():
         if isinstance(module, Phi3DecoderLayer | CLIPEncoderLayer):
