@@ -40,7 +40,7 @@ HARMLESS = {
 TRAINING_ARGUMENTS = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "data_seed"),
-    *("neftune_noise_alpha", "label_smoothing_factor", "train_sampling_strategy"),
+    *("neftune_noise_alpha", "train_sampling_strategy"),
 )
 DATA = "training data"
 

@@ -373,8 +373,8 @@ def compile_layers(model: Phi3VForCausalLM | PeftModel) -> None:
     # in torch/_dynamo/backends/distributed.py), as gradient checkpointing makes them. Gradients of
     # one layer are sent while the next is computed without it. It can go when it splits those too.
     torch._dynamo.config.optimize_ddp = False
-    # By default 8, for all layers together (torch 2.14). More are needed: one row or several, packed
-    # or not, input with gradients or without. Past the limit, layers are no longer compiled.
+    # By default 8, for all layers together (torch 2.14). More are needed: one row or several,
+    # packed or not, input with gradients or without. Past the limit, layers are not compiled.
     torch._dynamo.config.recompile_limit = 32
     for module in model.modules():
         if isinstance(module, Phi3DecoderLayer | CLIPEncoderLayer):
