@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant(
         "arguments: NaN is a number",
         "phi3v/training/arguments.py",
-        "if not (low < value or (value == low and not open)) or value > high:",
-        "if value < low or (value == low and open) or value > high:",
+        "if outside or not math.isfinite(value):",
+        "if outside:",
         "test_training",
     ),
     Mutant(
@@ -418,7 +418,7 @@ MUTANTS = [
         "output: the model's folder is written to",
         "phi3v/training/arguments.py",
         "        yield problem\n",
-        "",
+        "        pass\n",
         "test_output_folder",
     ),
     Mutant(

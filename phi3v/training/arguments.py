@@ -46,12 +46,11 @@ def number(kind: type, low: float, high: float = math.inf, open: bool = False) -
 
     def parse(text: str) -> int | float:
         value = kind(text)
-        if not (low < value or (value == low and not open)) or value > high:
+        outside = value < low or (value == low and open) or value > high
+        if outside or not math.isfinite(value):
             wanted = f"above {low:g}" if open else f"at least {low:g}"
             wanted += f" and at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's own message: invalid int value
