@@ -29,7 +29,7 @@ REPO = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
-    """The model asks whether it has other ranks: a group that a test left would change the next."""
+    """A group that a test left would make the next one a rank of it."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
