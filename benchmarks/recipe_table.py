@@ -68,7 +68,8 @@ def run(args: argparse.Namespace, method: str, flash: bool, work_dir: Path) -> d
     if result.returncode:
         sys.exit(f"{method} failed:\n{result.stdout}{result.stderr}")
     state = json.loads((output_dir / "trainer_state.json").read_text())
-    return state["log_history"][-1]
+    [summary] = (e for e in state["log_history"] if "train_images_per_second" in e)
+    return summary
 
 
 def main():

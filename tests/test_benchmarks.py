@@ -135,7 +135,7 @@ def test_memory_of_a_cluster():
     ("module", "flags", "column", "count"),
     [
         ("preprocessing", "--rounds 1", "baseline, images/s", 16),
-        ("loader", "--rounds 1 --samples 2", "faster", 3),
+        ("loader", "--rounds 1 --samples 2", "faster", 4),
         (
             "evaluation",
             "--size tiny --rounds 1 --samples 2 --batch_size 2 --new_tokens 1",
