@@ -464,6 +464,22 @@ def test_other_training_arguments_pass_through(demo_checkpoint, tmp_path):
     assert trainer_arguments(args, optim="sgd").optim == "sgd"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report_to", "nonsense"], "the training arguments: .*nonsense"),
+        (["--lr_scheduler_kwargs", "{bad"], "the training arguments: "),
+        (["--optim", "galore_adamw"], "--optim galore_adamw: "),
+        (["--optim_args", "x"], "--optim adamw_torch_fused: "),
+        (["--train_sampling_strategy", "group_by_length"], "--train_sampling_strategy group_by"),
+    ],
+)
+def test_other_arguments_that_fail(demo_checkpoint, tmp_path, flags, message):
+    """What transformers says of them becomes one line, whenever it says so."""
+    with pytest.raises(RunError, match=message):
+        make_trainer(arguments(demo_checkpoint, tmp_path, *flags)).train()
+
+
 def test_training_with_other_arguments(demo_checkpoint, tmp_path):
     """They reach the training: another optimizer, noise on the embeddings, fewer steps."""
     flags = ("--optim", "sgd", "--neftune_noise_alpha", "5", "--max_steps", "2")

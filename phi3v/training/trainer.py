@@ -86,16 +86,17 @@ class Phi3VTrainer(Trainer):
         collator = TrainingCollator(
             processing_class, for_trainer=True, blank_image=args.world_size > 1
         )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            callbacks=[_Steps(self)],
-            **kwargs,
-        )
+        with phase("the training arguments"):  # a tracker or the hub may be asked for
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                compute_metrics=compute_metrics,
+                callbacks=[_Steps(self)],
+                **kwargs,
+            )
         self.meter = Meter(self.model, args.device)
         if not flags.eval_only:
             self.settings = take_over(flags, args, self.model, train_dataset)
@@ -116,7 +117,8 @@ class Phi3VTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with groups of their own for the vision tower and projector."""
-        optimizer = super().create_optimizer(model)
+        with phase(f"--optim {self.args.optim.value}"):
+            optimizer = super().create_optimizer(model)
         own_rates = {
             ".img_processor.": self.flags.vision_learning_rate,
             ".vision_embed_tokens.": self.flags.projector_learning_rate,
@@ -130,6 +132,10 @@ class Phi3VTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if rates[p] != rate]
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def get_train_dataloader(self):
+        with phase(f"--train_sampling_strategy {self.args.train_sampling_strategy}"):
+            return super().get_train_dataloader()
 
     def get_batch_samples(self, *args, **kwargs):
         with self.meter.waiting():
