@@ -95,11 +95,12 @@ def _look(
         check_settings(f"{folder.path} holds a finished run", record["settings"], settings)
         return True, None, []
     notes = []
-    whole = [path for path in folder.checkpoints() if not incompleteness(path)]
+    problems = {path: incompleteness(path) for path in folder.checkpoints()}
+    whole = [path for path, problem in problems.items() if not problem]
     damaged = {
-        path: incompleteness(path)
-        for path in folder.checkpoints()
-        if path not in whole and not folder.was_interrupted(path)
+        path: problem
+        for path, problem in problems.items()
+        if problem and not folder.was_interrupted(path)
     }
     if given:
         checkpoint = Path(given)
