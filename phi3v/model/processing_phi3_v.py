@@ -1,12 +1,22 @@
 """Phi-3.5-vision processor: prompts with image tags, and their images, to the model's inputs."""
 
+from .configuration_phi3_v import Phi3VConfig  # noqa: F401
+
+# isort: split
 import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput, is_valid_image
 from transformers.processing_utils import ProcessorMixin
 
+# Which of them a folder has depends on who wrote it.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 # Ahead of a chat template: messages whose content is a list of parts get the string that the
@@ -178,12 +188,37 @@ class Phi3VProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        As the parent, and preprocessor_config.json besides, which other engines and older versions
-        read.
+        As the parent, but for the files that other engines and older versions read: there is
+        preprocessor_config.json besides, and beside a model, the tokenizer's files are those that
+        it was loaded from. Transformers 4 cannot read what transformers 5 writes.
         """
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.image_processor.processor_class = type(self).__name__
-        return saved + self.image_processor.save_pretrained(save_directory)
+        saved += self.image_processor.save_pretrained(save_directory)
+        folder = Path(self.tokenizer.name_or_path)
+        # Without config.json, transformers 5 goes by the class that tokenizer_config.json names,
+        # and in the official one that gives other ids (5.23, LlamaTokenizer).
+        is_model = Path(save_directory, "config.json").is_file()
+        if is_model and (folder / "tokenizer.json").is_file() and self._is_unchanged(folder):
+            for name in TOKENIZER_FILES:
+                target = Path(save_directory, name)
+                if not (folder / name).is_file():
+                    target.unlink(missing_ok=True)
+                elif folder.resolve() != target.parent.resolve():
+                    shutil.copyfile(folder / name, target)
+        return saved
+
+    def _is_unchanged(self, folder: Path) -> bool:
+        """Whether the tokenizer is that of `folder` still, without added tokens and the like."""
+        theirs = type(self.tokenizer).from_pretrained(folder)
+        return all(
+            of(self.tokenizer) == of(theirs)
+            for of in (
+                lambda tokenizer: tokenizer.get_vocab(),
+                lambda tokenizer: tokenizer.special_tokens_map,
+                lambda tokenizer: tokenizer.chat_template,
+            )
+        )
 
 
 def share_images(images: ImageInput | list[list], tags: list[list[int]]) -> list[list]:
