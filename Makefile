@@ -5,11 +5,12 @@
 # make test                 lint and the tests, in minutes
 # make test-all             those that take long too: random kills, all demos, benchmarks; and whether
 #                           the tests notice faults that are planted
+# make test-trl             TRL's own trainers on this model, see docs/trl.md
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all lint
+.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all test-trl lint
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -37,6 +38,9 @@ test: lint
 test-all: lint
 	$(PYTEST)
 	$(BIN)/python -m tests.mutants
+
+test-trl: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trl.sh 1.16.0
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
