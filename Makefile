@@ -6,11 +6,13 @@
 # make test-all             those that take long too: random kills, all demos, benchmarks; and whether
 #                           the tests notice faults that are planted
 # make test-versions        the model on other versions of transformers, which are downloaded
+# make test-trl             TRL's own trainers on this model, see docs/trl.md
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all test-versions lint
+.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 lint
+.PHONY: test test-all test-versions test-trl
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -41,6 +43,8 @@ test-all: lint
 
 test-versions: .venv/installed
 	$(BIN)/python -m tests.versions
+test-trl: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trl.sh 1.16.0
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -88,6 +88,9 @@ class Phi3VConfig(Phi3Config):
         output = super().to_dict()
         # `img_processor` says it in the official form, and nothing but that form is written.
         output.pop("vision_config", None)
+        # A class can be registered for one Auto class, and is found under both.
+        if model_class := (output.get("auto_map") or {}).get("AutoModelForCausalLM"):
+            output["auto_map"]["AutoModelForImageTextToText"] = model_class
         rope = output.get("rope_parameters") or {}
         if rope.get("rope_type") == "longrope":
             # Older stacks and other engines know only this form, and insist on these three fields.

@@ -100,6 +100,9 @@ class Phi3VProcessor(ProcessorMixin):
         truncation: bool | str | None = None,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
         videos: None = None,
         audio: None = None,
         **images_kwargs,
@@ -109,10 +112,10 @@ class Phi3VProcessor(ProcessorMixin):
             text: one prompt or several.
             images: the images of one text; a list of lists, one for each text; or one flat list,
                 which the texts share out in order. Without images, tags are text like any other.
-            padding: as for a tokenizer; needed for several texts. On the tokenizer's
-                `padding_side`.
-            truncation, max_length: as for a tokenizer, for texts without images. A text with images
-                is never cut.
+            padding, padding_side, pad_to_multiple_of: as for a tokenizer; several texts need
+                `padding`.
+            truncation, max_length, add_special_tokens: as for a tokenizer, for texts without
+                images. A text with images is never cut, and always has BOS, see `tokenize`.
             videos, audio: transformers' chats pass None.
             images_kwargs: passed on to the image processor, `num_crops` for example.
 
@@ -124,13 +127,19 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: the tags of a text do not match its images.
         """
+        pad_options = {
+            "padding": padding,
+            "padding_side": padding_side,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "max_length": max_length,
+            "return_tensors": return_tensors,
+        }
         if images is None:
             encoded = self.tokenizer(
                 text,
-                padding=padding,
                 truncation=truncation,
-                max_length=max_length,
-                return_tensors=return_tensors,
+                add_special_tokens=add_special_tokens,
+                **pad_options,
             )
             return BatchFeature(dict(encoded))
 
@@ -153,9 +162,7 @@ class Phi3VProcessor(ProcessorMixin):
         input_ids = self.tokenize(texts, lengths)
         encoded = self.tokenizer.pad(
             {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]},
-            padding=padding,
-            max_length=max_length,
-            return_tensors=return_tensors,
+            **pad_options,
         )
         return BatchFeature({**encoded, **image_inputs})
 

@@ -1,0 +1,39 @@
+"""TRL's own DPOTrainer on this model, with a LoRA adapter. See trl.md.
+
+python docs/trl_dpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir OUT
+"""
+
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
+
+import phi3v  # noqa: F401  registers the classes
+
+script, args, model = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config()
+args.max_length = None  # cut, a prompt would lose places of its images
+
+
+def to_trl(row: dict) -> dict:
+    """A row of the demo's pages: the digit that was asked for, and the next one as a bad answer."""
+    answer = row["answers"][0]
+    return {
+        "images": [row["image"]],
+        "prompt": [{"role": "user", "content": row["query"]["en"]}],
+        "chosen": [{"role": "assistant", "content": answer}],
+        "rejected": [{"role": "assistant", "content": str((int(answer) + 1) % 10)}],
+    }
+
+
+rows = load_dataset(script.dataset_name, split=script.dataset_train_split)
+trainer = DPOTrainer(
+    model=AutoModelForImageTextToText.from_pretrained(model.model_name_or_path),
+    args=args,
+    train_dataset=rows.map(to_trl, remove_columns=rows.column_names),
+    processing_class=AutoProcessor.from_pretrained(model.model_name_or_path),
+    peft_config=LoraConfig(
+        r=64, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    ),
+)
+trainer.train()
+trainer.save_model()
