@@ -43,6 +43,7 @@ test-all: lint
 
 test-versions: .venv/installed
 	$(BIN)/python -m tests.versions
+
 test-trl: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trl.sh 1.16.0
 
