@@ -268,7 +268,7 @@ def test_tokenizer_files_are_those_of_the_base(tokenizer_folder, tmp_path):
     writes. Beside an adapter, which has no config.json, the official ones would give other ids.
     """
     text = "<|user|>\n<|image_1|>\nÄ<|end|>\n"
-    base = Phi3VProcessor.from_pretrained(tokenizer_folder)
+    base = Phi3VProcessor.from_pretrained(tokenizer_folder, num_crops=4, local_files_only=True)
     ids = base.tokenizer(text).input_ids
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for kind in ("model", "adapter"):
@@ -281,6 +281,8 @@ def test_tokenizer_files_are_those_of_the_base(tokenizer_folder, tmp_path):
             for n in names[:2]
         ]
         assert all(same) == any(same) == (kind == "model")
+        written = json.loads((tmp_path / kind / "tokenizer_config.json").read_text())
+        assert not {"is_local", "local_files_only", "num_crops"} & written.keys()
         assert Phi3VProcessor.from_pretrained(tmp_path / kind).tokenizer(text).input_ids == ids
     base.tokenizer.add_tokens(["<new>"])
     base.save_pretrained(tmp_path / "model")
