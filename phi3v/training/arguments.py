@@ -98,7 +98,8 @@ class RecipeParser(argparse.ArgumentParser):
                 self.error(f"--{name} is decided by {DECIDED_BY[name]}.")
             if hasattr(found, name):
                 self.error(f"--{name.replace('_', '-')} is written --{name} here.")
-        found.use_lora = found.use_lora or found.use_qlora
+        kinds = (found.use_lora, found.use_qlora, found.use_dora, found.use_rslora)
+        found.use_lora = any(kinds)
         found.bf16 = found.bf16 or found.use_flash_attention
         try:
             problem = next(_problems(found), None)
@@ -187,6 +188,18 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         type=number(float, 0, 0.999),
         default=0.0,
         help="dropout before the adapters",
+    )
+    group.add_argument(
+        "--use_dora",
+        action="store_true",
+        help="DoRA: adapters with a magnitude of their own for each output; slower; implies "
+        "--use_lora",
+    )
+    group.add_argument(
+        "--use_rslora",
+        action="store_true",
+        help="rsLoRA: scale adapters by alpha / sqrt(rank) and not by alpha / rank; implies "
+        "--use_lora",
     )
     group.add_argument(
         "--merge_lora",
