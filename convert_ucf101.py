@@ -33,27 +33,20 @@ on, 130 Ctrl-C, 143 SIGTERM.
 
 import argparse
 import os
-import re
 import shlex
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from tqdm import tqdm
 
+from phi3v.data import video_source
 from phi3v.data.frame_folder import FrameFolder, Video
-from phi3v.data.video import extract_archive
+from phi3v.data.video_source import LAYOUT, SPLITS, SUFFIXES
 from phi3v.errors import DataError, RunError
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
-SPLITS = ("train", "val", "test")
-SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-LAYOUT = f"{{train,val,test}}/<class>/<video> with a video in {' '.join(SUFFIXES)}"
-# What the recipe would refuse as a control token, what would divide the prompt's list, no text.
-NOT_IN_CLASSES = re.compile(r"<\||\|>|<s>|<unk>|[,\x00-\x1f\x7f\ud800-\udfff]|^\s|\s$")
 
 
 def find_videos(root: Path) -> list[Video]:
@@ -62,7 +55,7 @@ def find_videos(root: Path) -> list[Video]:
     for split in SPLITS:
         paths = [path for path in (root / split).glob("*/*") if path.suffix.lower() in SUFFIXES]
         for path in sorted(paths, key=lambda path: (path.parent.name, path.stem, path.suffix)):
-            if not is_hidden(path.relative_to(root)):
+            if not video_source.is_hidden(path.relative_to(root)):
                 id, label = f"{split}-{len(videos):010d}", path.parent.name
                 videos.append(Video(id, split, f"{split}/{label}/{path.stem}", label, path))
     return videos
@@ -73,69 +66,6 @@ def to_record(video: Video, frames: list[str], classes: list[str]) -> dict:
     user = f"Classify the video into one of the following classes: {', '.join(classes)}."
     turn = {"images": frames, "user": user, "assistant": video.label}
     return {"id": video.id, "source": "ucf101", "conversations": [turn]}
-
-
-def is_hidden(path: Path) -> bool:
-    return any(name.startswith(".") or name == "__MACOSX" for name in path.parts)
-
-
-def check_videos(videos: list[Video], root: Path) -> list[str]:
-    """Returns the classes. Raises DataError if the videos cannot become a dataset."""
-    if not videos:
-        found = sorted(str(p.relative_to(root)) for g in ("*", "*/*") for p in root.glob(g))
-        shown = ", ".join(found[:12] + ["..."] * (len(found) > 12)) or "nothing"
-        raise DataError(f"no videos in {root}\nExpected: {LAYOUT}\nFound: {shown}")
-    owners: dict[str, Video] = {}
-    for video in videos:
-        if (other := owners.setdefault(video.name, video)) is not video:
-            raise DataError(f"rename {other.path} or {video.path}: their images are the same files")
-    classes = sorted({video.label for video in videos})
-    for label in classes:
-        if found := NOT_IN_CLASSES.search(label):
-            raise DataError(f"rename the class folder {label!r}: its name holds {found[0]!r}")
-    return classes
-
-
-def list_ignored(root: Path, videos: list[Video]) -> list[str]:
-    """Files below the splits that are no videos, or not in a class."""
-    known = {video.path for video in videos}
-    paths = [path for split in SPLITS for path in (root / split).rglob("*") if path not in known]
-    names = [path.relative_to(root) for path in paths if not path.is_dir()]
-    return sorted(str(name) for name in names if not is_hidden(name))
-
-
-@contextmanager
-def video_root(args: argparse.Namespace) -> Iterator[Path]:
-    """
-    The folder that holds the splits. An archive is extracted for the time of the context.
-
-    Raises:
-        DataError: the archive is broken or refused. RunError: the hub's cannot be downloaded.
-    """
-    if args.video_dir:
-        yield args.video_dir
-        return
-    archive = args.archive or download_archive()
-    args.tmp_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="convert_ucf101.", dir=args.tmp_dir) as name:
-        extract_archive(archive, Path(name), args.max_video_gb)
-        # The archive may have folders of its own above the splits.
-        roots = {path.parent for split in SPLITS for path in Path(name).rglob(split)}
-        roots = [r for r in roots if find_videos(r) and not is_hidden(r.relative_to(name))]
-        yield roots[0] if len(roots) == 1 else Path(name)
-
-
-def download_archive() -> Path:
-    """Raises RunError."""
-    from huggingface_hub import hf_hub_download  # slow, and the other sources do not need it
-
-    try:
-        return Path(hf_hub_download(repo_id=HUB_REPO, filename=HUB_FILE, repo_type="dataset"))
-    except Exception as error:  # offline, proxy, full disk, ...: the ways out are the same
-        raise RunError(
-            f"cannot download {HUB_FILE} of the hub dataset {HUB_REPO}: {error}\n"
-            "Give the file with --archive FILE, or a folder of videos with --video_dir DIR."
-        ) from error
 
 
 def count(text: str) -> int:
@@ -171,10 +101,15 @@ def convert(args: argparse.Namespace) -> int:
     jsonl = {split: f"ucf101_{split}.jsonl" for split in SPLITS}
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
     with ExitStack() as stack:
-        root = stack.enter_context(video_root(args))
+        root = args.video_dir
+        if root is None:
+            archive = args.archive or video_source.download(HUB_REPO, HUB_FILE)
+            gb = args.max_video_gb
+            source = video_source.extracted(archive, args.tmp_dir, gb, find_videos)
+            root = stack.enter_context(source)
         videos = find_videos(root)
-        classes = check_videos(videos, root)
-        ignored = list_ignored(root, videos)
+        classes = video_source.check_videos(videos, root)
+        ignored = video_source.list_ignored(root, videos)
         problems = [f"ignored: {len(ignored)} files: {', '.join(ignored[:10])}"] if ignored else []
         folder = stack.enter_context(FrameFolder(args.out_dir, jsonl.values()))
         lines = folder.convert(videos, args.num_frames, args.num_workers, args.max_video_gb)

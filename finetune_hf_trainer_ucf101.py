@@ -1,7 +1,7 @@
 """
 Finetune Phi-3.5-vision on UCF-101: eight frames of a video in, the name of its class out.
 
-Convert the dataset first, or bring your own frames and jsonl in the same format:
+Convert the dataset first:
 
     python convert_ucf101.py --out_dir /path/to/converted_ucf101
 
@@ -22,6 +22,11 @@ A consumer GPU: LoRA, or QLoRA with a 4-bit model:
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_lora --use_qlora
 
+Conversations of your own, as LLaVA, TRL and ms-swift have them, too (python -m phi3v.check FILE):
+
+    torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py \\
+        --train_file train.json --eval_file eval.json --image_dir images --num_crops 16
+
 Evaluated before and after, by accuracy: it and every generated text go to eval_before.json and
 eval_after.json, beside the model.
 """
@@ -39,19 +44,24 @@ def get_arguments():
     # Eight images per sample: fewer crops each than for a page of text.
     parser = RecipeParser(__doc__, num_crops=4)
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", required=True, help="the converter's --out_dir")
+    data.add_argument("--data_dir", help="the converter's --out_dir")
     data.add_argument("--eval_split", choices=["val", "test"], default="val", help="to evaluate on")
-    return parser.parse_args()
+    data.add_argument("--train_file", help="conversations to train on, in place of --data_dir's")
+    data.add_argument("--eval_file", help="and to evaluate on")
+    data.add_argument("--image_dir", help="that their image paths are relative to")
+    args = parser.parse_args()
+    if args.data_dir is None and None in (args.train_file, args.eval_file, args.image_dir):
+        parser.error("give --data_dir, or --train_file, --eval_file and --image_dir.")
+    return args
 
 
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation: a video's frames, a question, its class."""
-    folder = Path(args.data_dir)
-    train, evaluation = (
-        load_records(folder / f"ucf101_{split}.jsonl", folder / "images")
-        for split in ("train", args.eval_split)
-    )
-    return train, evaluation
+    folder = Path(args.data_dir or ".")
+    train_file = args.train_file or folder / "ucf101_train.jsonl"
+    eval_file = args.eval_file or folder / f"ucf101_{args.eval_split}.jsonl"
+    image_dir = args.image_dir or folder / "images"
+    return load_records(train_file, image_dir), load_records(eval_file, image_dir)
 
 
 def metrics(results) -> dict[str, float]:

@@ -1,23 +1,26 @@
 """
-Check a jsonl file of conversations and its images, without training on it:
+Check a file of conversations and its images, without training on it:
 
     python -m phi3v.check FILE --image_dir DIR
 
-Every line is read and every image decoded. Bad samples are listed with the reason, and a summary
-with the lengths in tokens follows. The exit status is 0 if all is good, 1 if a sample is bad, and 2
-if the command is wrong.
+FILE holds JSON lines or a list of the recipes' own records, or of conversations as LLaVA, TRL or
+ms-swift have them. All are read and every image decoded. Bad samples are listed with the reason,
+and a summary with the lengths in tokens follows. With --write OUT, the good samples are written as
+records. The exit status is 0 if all is good, 1 if a sample is bad, and 2 if the command is wrong.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
+from .data.formats import load_records
 from .data.images import image_sizes, load_images
-from .data.records import load_records
-from .errors import DataError, plain_message, quoted
+from .errors import DataError, RunError, phase, plain_message, quoted
 from .model.image_processing_phi3_v import Phi3VImageProcessor
 
 
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("file", metavar="FILE", help="one conversation per line")
+    add("file", metavar="FILE", help="one conversation per line, or a JSON list")
     add("--image_dir", metavar="DIR", required=True, help="that image paths are relative to")
     add(
         "--num_crops",
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         help="whose tokenizer counts tokens: hub id or local folder; without it, only the tokens "
         "of images are counted",
     )
+    add("--write", metavar="OUT", help="write the good samples to this jsonl, as records")
     add("--no-tqdm", dest="tqdm", action="store_false", help="no progress bar")
     args = parser.parse_args(argv)
     if not 1 <= args.num_crops <= 16:
@@ -52,11 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"FILE {quoted(args.file)} is no file. Check the path.")
     if not os.path.isdir(args.image_dir):
         parser.error(f"--image_dir {quoted(args.image_dir)} is no folder. Check the path.")
+    if args.write and os.path.lexists(args.write):
+        parser.error(f"--write {quoted(args.write)} exists already. Choose another name.")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know all characters
     try:
         bad = _check_file(args)
         sys.stdout.flush()
-    except DataError as error:  # of the file as a whole
+    except (DataError, RunError) as error:  # of a file as a whole
         print(plain_message(error))
         bad = 1
     except BrokenPipeError:  # of `| head`; Python would print what is left when it ends
@@ -72,7 +78,7 @@ def _check_file(args: argparse.Namespace) -> int:
     bad = records.find_bad()
     for error in bad:
         print(plain_message(error))
-    turns, images, lengths = 0, 0, []
+    turns, images, lengths, written = 0, 0, [], []
     hidden = None if args.tqdm else True  # None: hidden where nobody watches
     for index in tqdm(range(len(records)), "images", unit="sample", leave=False, disable=hidden):
         try:
@@ -80,9 +86,15 @@ def _check_file(args: argparse.Namespace) -> int:
             images += len(load_images(record, image_processor))
             turns += len(record["conversations"])
             lengths.append(count(record))
+            written += [_as_line(record, args.image_dir)] if args.write else []
         except DataError as error:
             bad.append(error)
             tqdm.write(f"{records.where(index)}: {plain_message(error)}")
+    if args.write:
+        with phase(f"--write {args.write}"):
+            unfinished = Path(f"{args.write}.part")
+            unfinished.write_text("".join(written), "utf-8")
+            unfinished.replace(args.write)
     print(
         f"{args.file}: {len(lengths) + len(bad):,} samples, {len(bad):,} of them bad\n"
         f"the {len(lengths):,} good samples: {turns:,} turns, {images:,} images"
@@ -93,6 +105,14 @@ def _check_file(args: argparse.Namespace) -> int:
         found = [f"{name} {lengths[round(p * (len(lengths) - 1))]:,}" for name, p in points.items()]
         print(f"{counted} per sample: {', '.join(found)}")
     return len(bad)
+
+
+def _as_line(record: dict, image_dir: str) -> str:
+    """A record as its line of a jsonl, images relative to `image_dir`."""
+    folder = os.path.realpath(image_dir)
+    for turn in record["conversations"]:
+        turn["images"] = [os.path.relpath(path, folder) for path in turn["images"]]
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _token_counter(

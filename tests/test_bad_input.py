@@ -23,9 +23,10 @@ from phi3v import distributed
 from phi3v.check import main as check
 from phi3v.data import images, preparation
 from phi3v.data.collators import TrainingCollator
+from phi3v.data.formats import load_records
 from phi3v.data.images import check_images, image_sizes, load_images
 from phi3v.data.preparation import check_all_images, prepare
-from phi3v.data.records import Records, check_record, load_records
+from phi3v.data.records import Records, check_record
 from phi3v.data.rows import ImageFolder
 from phi3v.data.sources import load_rows
 from phi3v.errors import DataError, plain_message

@@ -7,8 +7,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from phi3v.data.formats import load_records
 from phi3v.data.images import load_images
-from phi3v.data.records import Records, check_record, load_records, to_messages
+from phi3v.data.records import Records, check_record, to_messages
 from phi3v.data.rows import Lines
 from phi3v.data.sources import load_rows
 from phi3v.errors import DataError
@@ -152,7 +153,7 @@ def test_lines_with_columns(tmp_path):
         '{"id": 1}': "wrong fields .missing: 'label', 'more'.. Required: id, label, more",
         '{"id": 1.5, "label": 1, "more": 1}': "id must be a number or a string",
         '{"id": 1, "label": null, "more": 1}': "label must be a number, not null",
-        "[1]": "the line must be an object, not a list",
+        "1": "the line must be an object, not a number",
     }
     for line, message in bad.items():
         with pytest.raises(DataError, match=message):

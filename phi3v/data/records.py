@@ -5,9 +5,10 @@ The record that every recipe turns its rows into, and the jsonl that holds such 
         {"images": ["val/a.0.jpg", "val/a.1.jpg"], "user": "...", "assistant": "..."}
     ]}
 
-`conversations` is a list of turns; the images of a turn may be absent. In a jsonl, images are paths
-relative to the image folder. In memory, an image is a path, the bytes of a file, a PIL image, or
-what `datasets` makes of one of them. `answers` may list all accepted answers to the last question.
+`conversations` is a list of turns; the images of a turn may be absent. They stand before the text,
+or where it says `<image>`. In a jsonl, images are paths relative to the image folder. In memory, an
+image is a path, the bytes of a file, a PIL image, or what `datasets` makes of one of them.
+`answers` may list all accepted answers to the last question, and `system` be a text ahead of all.
 """
 
 import copy
@@ -34,6 +35,9 @@ CONTROL_TOKEN = re.compile(
     r"|<s>|</s>|<unk>"
 )
 
+IMAGE = "<image>"  # in a user's text, where an image stands
+FIELDS = {"id", "conversations"}, {"source", "answers", "system"}  # required, and optional
+
 # ---- A record
 
 
@@ -44,7 +48,7 @@ def check_record(record: object) -> dict:
     Raises:
         DataError: a field is missing, unknown, of the wrong type or empty.
     """
-    check_fields(record, "the record", {"id", "conversations"}, {"source", "answers"})
+    check_fields(record, "the record", *FIELDS)
     if not check_type(record["id"], str, "id"):
         raise DataError("id is empty. Give every record one of its own.")
     if not check_type(record["conversations"], list, "conversations"):
@@ -56,6 +60,8 @@ def check_record(record: object) -> dict:
         "conversations": [_check_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)],
     }
     (checked["id"] + checked["source"]).encode()  # UnicodeEncodeError: half a surrogate pair
+    if "system" in record:
+        checked["system"] = _check_text(record["system"], "system")
     if "answers" in record:
         answers = check_type(record["answers"], list, "answers")
         checked["answers"] = [_check_text(a, f"answers[{i}]", True) for i, a in enumerate(answers)]
@@ -65,9 +71,16 @@ def check_record(record: object) -> dict:
 def _check_turn(turn: object, field: str) -> dict:
     check_fields(turn, field, {"user", "assistant"}, {"images"})
     images = [] if turn.get("images") is None else turn["images"]
+    check_type(images, list, f"{field}.images")
+    user = _check_text(turn["user"], f"{field}.user")
+    if IMAGE in user and user.count(IMAGE) != len(images):
+        raise DataError(
+            f"{field}.user has {user.count(IMAGE)} times {IMAGE} and {field}.images {len(images)}. "
+            f"Write as many {IMAGE} as images, or none: then images come first."
+        )
     return {
-        "images": check_type(images, list, f"{field}.images"),
-        "user": _check_text(turn["user"], f"{field}.user"),
+        "images": images,
+        "user": user,
         "assistant": _check_text(turn["assistant"], f"{field}.assistant", answer=True),
     }
 
@@ -88,16 +101,20 @@ def to_messages(record: dict) -> list[dict[str, str]]:
     """
     The chat messages of a record, image tags included.
 
-    Images are numbered through the whole conversation. A turn's tags come first, then a newline,
-    then the user's text; a turn without images is its text alone.
+    Images are numbered through the whole conversation. Tags stand where the user's text says
+    `<image>`. Where it does not, they come first, then a newline, then the text.
     """
     messages, number = [], 0
+    if "system" in record:
+        messages.append({"role": "system", "content": record["system"]})
     for turn in record["conversations"]:
-        tags = "".join(f"<|image_{number + i + 1}|>" for i in range(len(turn["images"])))
-        number += len(turn["images"])
-        messages.append(
-            {"role": "user", "content": f"{tags}\n{turn['user']}" if tags else turn["user"]}
-        )
+        user, count = turn["user"], len(turn["images"])
+        if count and IMAGE not in user:
+            user = f"{IMAGE * count}\n{user}"
+        for _ in range(count):
+            number += 1
+            user = user.replace(IMAGE, f"<|image_{number}|>", 1)
+        messages.append({"role": "user", "content": user})
         messages.append({"role": "assistant", "content": turn["assistant"]})
     return messages
 
@@ -133,7 +150,7 @@ class Records(Sequence):
         self._folder = None if image_dir is None else ImageFolder(image_dir)
         self._word, self._numbers = "row", range(len(rows))
         if isinstance(rows, Lines):
-            self._word, self._numbers, self.origin = "line", rows.numbers, str(rows.path)
+            self._word, self._numbers, self.origin = rows.word, rows.numbers, str(rows.path)
         if isinstance(rows, datasets.Dataset):
             self.origin = self.origin or rows.info.dataset_name or ""
             if ROW in rows.column_names:
@@ -296,13 +313,3 @@ def report_bad(bad: Sequence[DataError], total: int, name: str, skip_bad: bool) 
         rest = [f"  and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         counted = f"{name}: {len(bad)} of {total} samples are bad and left out:"
         print_first("\n".join([counted, *shown, *rest]))
-
-
-def load_records(path: str | Path, image_dir: str | Path) -> Records:
-    """
-    The records of a jsonl file, whose images are paths in `image_dir`.
-
-    Raises:
-        DataError: there is no such file, it cannot be read, or it is empty.
-    """
-    return Records(Lines(path), image_dir=image_dir)

@@ -6,6 +6,7 @@ datasets whose images are left out while their texts are looked at. And where im
 import functools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pyarrow.compute import list_value_length
 
 from ..errors import DataError, first_line, quoted
 
+NO_ITEM = re.compile(r"\s*,?\s*")
 # A longer line is no record: a file without line ends, or not a text at all.
 MAX_LINE_BYTES = 64 * 2**20
 # The column in which `load_rows` keeps the number of a row; filters and shuffles carry it along.
@@ -55,13 +57,13 @@ def _kind(type_: type) -> str:
 
 class Lines(Sequence):
     """
-    The values of a file of json lines, parsed when they are asked for.
+    The values of a file of json lines, or of one JSON list, parsed when they are asked for.
 
     Args:
         columns: fields that every line must have, with their types.
 
     Attributes:
-        numbers: of the lines that are not blank, from 1 on.
+        word, numbers: "line", and those of the lines that are not blank, from 1 on; or "item".
 
     Raises:
         DataError: there is no such file, it cannot be read, or it has no lines. Asked for a line:
@@ -74,7 +76,11 @@ class Lines(Sequence):
             if not os.path.isfile(path):  # or a folder, a pipe, a name that no file can have
                 raise DataError(f"{quoted(str(path))}: there is no such file. Check the path.")
             self.version = self._version()
-            found = np.fromiter(self._find(), dtype=(np.int64, 3))
+            with open(path, "rb") as file:
+                is_list = file.read(4096).lstrip().startswith(b"[")
+            self.word = "item" if is_list else "line"
+            spans = self._find_items() if is_list else self._find_lines()
+            found = np.fromiter(spans, dtype=(np.int64, 3))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}. Check it.") from None
         if not len(found):
@@ -85,7 +91,7 @@ class Lines(Sequence):
         info = os.stat(self.path)
         return info.st_size, info.st_mtime_ns
 
-    def _find(self) -> Iterator[tuple[int, int, int]]:
+    def _find_lines(self) -> Iterator[tuple[int, int, int]]:
         """Number, place and length of the lines that are not blank."""
         with open(self.path, "rb") as file:
             start = 0
@@ -98,6 +104,31 @@ class Lines(Sequence):
                 if line.strip():
                     yield number, start, len(line)
                 start += len(line)
+
+    def _find_items(self) -> Iterator[tuple[int, int, int]]:
+        """Number, place and length of the items of a list."""
+        number, decoder = 0, json.JSONDecoder()
+        try:
+            text = Path(self.path).read_text("utf-8")
+            end = text.index("[") + 1
+            start = len(text[:end].encode())
+            while True:
+                begin = NO_ITEM.match(text, end).end()
+                if text[begin] == "]":
+                    break
+                start += len(text[end:begin].encode())
+                number += 1
+                _, end = decoder.raw_decode(text, begin)
+                length = len(text[begin:end].encode())
+                yield number, start, length
+                start += length
+            if text[begin + 1 :].strip():
+                raise ValueError("there is more after the list")
+        except (ValueError, IndexError, RecursionError) as error:
+            raise DataError(
+                f"{self.path}, item {number}: not a JSON list in UTF-8: {first_line(error)}. "
+                "Correct it, or write one record per line."
+            ) from None
 
     def __len__(self) -> int:
         return len(self.numbers)

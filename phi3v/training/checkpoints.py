@@ -207,7 +207,8 @@ def fingerprint(dataset: Sequence) -> str:
                 [turn["user"], turn["assistant"], *map(_image_identity, turn["images"])]
                 for turn in record["conversations"]
             ]
-            digest.update(json.dumps([record["id"], turns]).encode())
+            system = [record["system"]] if "system" in record else []
+            digest.update(json.dumps([record["id"], turns, *system]).encode())
     return f"{len(dataset)} samples, {digest.hexdigest()[:16]}"
 
 
