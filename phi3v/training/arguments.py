@@ -29,6 +29,7 @@ DECIDED_BY = {
     "label_smoothing_factor": "the head, which runs where there are labels alone",
     "use_liger_kernel": "--use_liger",
     "fsdp": "--deepspeed",
+    "hub_token": "$HF_TOKEN, or `hf auth login`",
 }
 
 
@@ -142,6 +143,9 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "--model_name_or_path",
         default="microsoft/Phi-3.5-vision-instruct",
         help="hub id or local folder of the checkpoint to start from",
+    )
+    group.add_argument(
+        "--model_revision", help="of a hub id: the branch, tag or commit (default: newest)"
     )
     group.add_argument(
         "--num_crops",
@@ -339,6 +343,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--resume_from_checkpoint contradicts --eval_only and --overwrite_output_dir."
     if args.merge_lora and (args.eval_only or not args.use_lora):
         yield "--merge_lora needs --use_lora or --use_qlora, and a training."
+    pushes, when = args.others.get("push_to_hub"), args.others.get("hub_strategy", "end")
+    if pushes and (args.eval_only or when != "end"):
+        yield "--push_to_hub needs a training, at whose end it pushes: --hub_strategy can be end."
     if args.freeze_vision_model and (
         args.vision_learning_rate is not None or args.projector_learning_rate is not None
     ):
