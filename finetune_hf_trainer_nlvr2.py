@@ -38,8 +38,7 @@ OFFICIAL_COLUMNS = {"sentence": str, "label": (str, bool), "identifier": str}
 def get_arguments():
     parser = RecipeParser(__doc__)
     data = parser.add_argument_group("data")
-    files = "or a folder of the official train.json and dev.json, with the images anywhere below"
-    data.add_argument("--dataset_name_or_path", default=CAULDRON, help=f"hub id, {files}")
+    data.add_argument("--dataset_name_or_path", default=CAULDRON, help="hub id, or official files")
     data.add_argument("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
     data.add_argument("--eval_file", default="dev.json", help="official file to evaluate on")
     return parser.parse_args()
@@ -105,6 +104,8 @@ def lora_config(args) -> LoraConfig:
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",

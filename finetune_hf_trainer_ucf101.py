@@ -77,6 +77,8 @@ def lora_config(args) -> LoraConfig:
         r=args.lora_rank,
         lora_alpha=args.lora_rank * args.lora_alpha_ratio,
         lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         target_modules=[*targets, *vision, "img_projection.0", "img_projection.2"],
         init_lora_weights="gaussian",
         task_type="CAUSAL_LM",

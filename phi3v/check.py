@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         help="whose tokenizer counts tokens: hub id or local folder; without it, only the tokens "
         "of images are counted",
     )
+    add("--model_revision", metavar="REV", help="of a hub id: the branch, tag or commit")
     add("--write", metavar="OUT", help="write the good samples to this jsonl, as records")
     add("--no-tqdm", dest="tqdm", action="store_false", help="no progress bar")
     args = parser.parse_args(argv)

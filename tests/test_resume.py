@@ -106,8 +106,9 @@ def runs(launcher, data_dir, demo_checkpoint, tmp_path) -> Iterator[Runs]:
         (2, (6,), ("--deepspeed", "none", "--batch_size_per_gpu", "2")),
         (2, (6,), LORA),
         (1, (6,), (*LORA, "--use_qlora")),
+        (1, (6,), (*LORA, "--use_dora", "--use_rslora")),
     ],
-    ids=["zero2", "zero3", "full", "ddp", "lora", "qlora"],
+    ids=["zero2", "zero3", "full", "ddp", "lora", "qlora", "dora"],
 )
 def test_killed_and_resumed_is_never_interrupted(runs, processes, kills, flags):
     """

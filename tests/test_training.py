@@ -139,8 +139,14 @@ def test_full_finetuning_changes_what_it_should(demo_checkpoint, tmp_path, flags
 
 @pytest.mark.parametrize(
     "flags",
-    [("--use_lora",), ("--use_lora", "--freeze_vision_model"), ("--use_qlora",)],
-    ids=["lora", "lora-frozen", "qlora"],
+    [
+        ("--use_lora",),
+        ("--use_lora", "--freeze_vision_model"),
+        ("--use_qlora",),
+        ("--use_dora", "--use_rslora"),
+        ("--use_qlora", "--use_dora"),
+    ],
+    ids=["lora", "lora-frozen", "qlora", "dora", "qlora-dora"],
 )
 def test_lora_trains_adapters_alone(demo_checkpoint, tmp_path, flags):
     """Only adapters move; the saved adapter alone brings the trained model back."""
@@ -165,10 +171,20 @@ def test_lora_trains_adapters_alone(demo_checkpoint, tmp_path, flags):
             assert torch.equal(again(**batch).logits, trainer.model(**batch).logits)
 
 
-@pytest.mark.parametrize("flag", ["--use_lora", "--use_qlora"])
-def test_merged_model_is_the_adapted_one(demo_checkpoint, tmp_path, flag):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_lora",),
+        ("--use_qlora",),
+        ("--use_dora",),
+        ("--use_rslora",),
+        ("--use_qlora", "--use_dora"),
+    ],
+    ids=" ".join,
+)
+def test_merged_model_is_the_adapted_one(demo_checkpoint, tmp_path, flags):
     """merged/ is a full checkpoint; its logits are those of base and adapter together."""
-    args = arguments(demo_checkpoint, tmp_path, flag, "--lora_rank", "4", "--merge_lora")
+    args = arguments(demo_checkpoint, tmp_path, *flags, "--lora_rank", "4", "--merge_lora")
     trainer = make_trainer(args)
     trainer.train()
     trainer.save_model()
@@ -489,9 +505,25 @@ def test_training_with_other_arguments(demo_checkpoint, tmp_path):
     assert type(trainer.optimizer.optimizer) is torch.optim.SGD
 
 
+def test_dora_and_rslora_are_what_peft_makes_of_them(demo_checkpoint, tmp_path):
+    """Magnitudes that are trained; alpha / sqrt(rank) as the scale."""
+    flags = ("--use_dora", "--use_rslora", "--lora_rank", "4", "--lora_alpha_ratio", "2")
+    model = loaded(arguments(demo_checkpoint, tmp_path, *flags))
+    layer = model.base_model.model.model.layers[0].self_attn.o_proj
+    assert layer.scaling["default"] == 8 / 2
+    assert layer.lora_magnitude_vector["default"].weight.requires_grad
+    plain = loaded(arguments(demo_checkpoint, tmp_path, "--use_lora", "--lora_rank", "4"))
+    layer = plain.base_model.model.model.layers[0].self_attn.o_proj
+    assert layer.scaling["default"] == 8 / 4 and not layer.lora_magnitude_vector
+
+
+@pytest.mark.parametrize("flag", ["--use_qlora", "--use_dora", "--use_rslora"])
+def test_flags_that_imply_lora(flag):
+    assert RecipeParser("").parse_args([flag]).use_lora
+
+
 def test_implied_flags(monkeypatch):
-    """QLoRA implies LoRA; flash attention implies bf16."""
-    assert RecipeParser("").parse_args(["--use_qlora"]).use_lora
+    """Flash attention implies bf16."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: True)

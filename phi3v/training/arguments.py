@@ -29,6 +29,7 @@ DECIDED_BY = {
     "label_smoothing_factor": "the head, which runs where there are labels alone",
     "use_liger_kernel": "--use_liger",
     "fsdp": "--deepspeed",
+    "hub_token": "$HF_TOKEN, or `hf auth login`",
 }
 
 
@@ -98,7 +99,8 @@ class RecipeParser(argparse.ArgumentParser):
                 self.error(f"--{name} is decided by {DECIDED_BY[name]}.")
             if hasattr(found, name):
                 self.error(f"--{name.replace('_', '-')} is written --{name} here.")
-        found.use_lora = found.use_lora or found.use_qlora
+        kinds = (found.use_lora, found.use_qlora, found.use_dora, found.use_rslora)
+        found.use_lora = any(kinds)
         found.bf16 = found.bf16 or found.use_flash_attention
         try:
             problem = next(_problems(found), None)
@@ -141,6 +143,9 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "--model_name_or_path",
         default="microsoft/Phi-3.5-vision-instruct",
         help="hub id or local folder of the checkpoint to start from",
+    )
+    group.add_argument(
+        "--model_revision", help="of a hub id: the branch, tag or commit (default: newest)"
     )
     group.add_argument(
         "--num_crops",
@@ -187,6 +192,18 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         type=number(float, 0, 0.999),
         default=0.0,
         help="dropout before the adapters",
+    )
+    group.add_argument(
+        "--use_dora",
+        action="store_true",
+        help="DoRA: adapters with a magnitude of their own for each output; slower; implies "
+        "--use_lora",
+    )
+    group.add_argument(
+        "--use_rslora",
+        action="store_true",
+        help="rsLoRA: scale adapters by alpha / sqrt(rank) and not by alpha / rank; implies "
+        "--use_lora",
     )
     group.add_argument(
         "--merge_lora",
@@ -326,6 +343,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--resume_from_checkpoint contradicts --eval_only and --overwrite_output_dir."
     if args.merge_lora and (args.eval_only or not args.use_lora):
         yield "--merge_lora needs --use_lora or --use_qlora, and a training."
+    pushes, when = args.others.get("push_to_hub"), args.others.get("hub_strategy", "end")
+    if pushes and (args.eval_only or when != "end"):
+        yield "--push_to_hub needs a training, at whose end it pushes: --hub_strategy can be end."
     if args.freeze_vision_model and (
         args.vision_learning_rate is not None or args.projector_learning_rate is not None
     ):

@@ -20,9 +20,10 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from ..data.images import image_source
-from ..distributed import on_first_rank, print_first
+from ..distributed import on_first_rank, print_first, rank
 from ..errors import RunError, phase
 from .arguments import RecipeParser
+from .card import push
 from .merging import merge_adapter, merged_dtype
 from .output_folder import COMPLETE, OutputFolder, incompleteness
 
@@ -76,6 +77,8 @@ def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) 
         print_first(f"{args.output_dir} holds this run, and it is finished: nothing is left to do.")
         if args.merge_lora:
             merge_adapter(args)
+        if training_args.push_to_hub and rank() == 0:
+            push(folder, training_args)
         raise SystemExit(0)
     if checkpoint:
         print_first(f"Resuming from {checkpoint}")

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ..distributed import print_first, rank, world_size
 from ..errors import RunError, explain_failures, phase
+from .card import create_repository
 from .checkpoints import find_checkpoint
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -75,6 +76,7 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         "eval_steps": args.eval_steps,
         "save_strategy": "steps" if args.save_steps else "no",
         "save_steps": args.save_steps or 500,
+        "hub_strategy": "end",
         # A loss that is not finite ends the run. In fp16 its step is skipped, so it is not logged.
         "logging_nan_inf_filter": on_gpu and not args.bf16,
         # Records reach the collator as they are.
@@ -96,6 +98,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         f"{args.batch_size} = {training_args.world_size} x {args.batch_size_per_gpu} x "
         f"{training_args.gradient_accumulation_steps} accumulation steps"
     )
+    if training_args.push_to_hub:
+        create_repository(training_args)
     training_args.resume_from_checkpoint = find_checkpoint(args, training_args)
     return training_args
 

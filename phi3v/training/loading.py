@@ -62,7 +62,8 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
         RunError: there is none, or the folder is not one of this model.
     """
     flag = f"--model_name_or_path {args.model_name_or_path}"
-    folder = _model_folder(args.model_name_or_path, ["*.json", "*.jinja", "*.model"])
+    patterns = ["*.json", "*.jinja", "*.model"]
+    folder = _model_folder(args.model_name_or_path, patterns, args.model_revision)
     config = _load_config(flag, folder)
     with phase(f"{flag}: the tokenizer's and processor's files"):
         processor = Phi3VProcessor.from_pretrained(
@@ -72,15 +73,18 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
     return processor
 
 
-def _model_folder(name: str, patterns: list[str]) -> Path:
+def _model_folder(name: str, patterns: list[str], revision: str | None) -> Path:
     """The local folder `name`; of a hub id, its copy in the cache, with files like `patterns`."""
     flag = f"--model_name_or_path {name}"
     folder = Path(name)
     if folder.is_file():
         raise RunError(f"{flag} is a file. Give the folder that it is in.")
+    if folder.is_dir() and revision is not None:
+        raise RunError(f"{flag} is a folder, and --model_revision {revision} is for hub ids.")
     if not folder.is_dir():
+        flag += f" --model_revision {revision}" if revision is not None else ""
         try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except Exception as error:  # of the network, of the hub, of a name that cannot be a hub id
             raise RunError(
                 f"{flag}: there is no such folder, and the hub has no such model, or cannot be "
@@ -205,6 +209,7 @@ def load_model(
         args.model_name_or_path,
         dtype=computed_in if mastered or args.use_lora else torch.float32,
         computed_in=computed_in,
+        revision=args.model_revision,
         attn_implementation="flash_attention_2" if args.use_flash_attention else "sdpa",
         **quantization,
     )
@@ -240,21 +245,26 @@ def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
     frozen = not any(parameter.requires_grad for parameter in vision.parameters())
     lora = copy.copy(lora)
     lora.exclude_modules = rf".*\.vision_embed_tokens\..*{'' if frozen else idle}\..*"
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora, revision=model.config._commit_hash)
 
 
 def load_weights(
-    name: str, dtype: torch.dtype, computed_in: torch.dtype | None = None, **kwargs
+    name: str,
+    dtype: torch.dtype,
+    computed_in: torch.dtype | None = None,
+    revision: str | None = None,
+    **kwargs,
 ) -> Phi3VForCausalLM:
     """
-    The model of a folder or hub id, with weights of `dtype`.
+    The model of a folder or hub id, with weights of `dtype`; of the hub's, its commit is in
+    `config._commit_hash`.
 
     Raises:
         RunError: the checkpoint has other tensors than the model, or values that are not finite in
             the precision that it is computed in, by default `dtype`.
     """
     flag = f"--model_name_or_path {name}"
-    folder = _model_folder(name, ["*.json", "model*.safetensors"])
+    folder = _model_folder(name, ["*.json", "model*.safetensors"], revision)
     config = _load_config(flag, folder)
     with phase(f"{flag}: generation_config.json"):
         if (folder / "generation_config.json").exists():
@@ -273,6 +283,7 @@ def load_weights(
     _check_values(flag, values, computed_in or dtype)
     # An adapter names its base model: by the hub id, not by a folder of the cache.
     model.name_or_path = model.config.name_or_path = name
+    model.config._commit_hash = folder.name if folder.parent.name == "snapshots" else None
     return model
 
 

@@ -24,7 +24,9 @@ def merge_adapter(args: argparse.Namespace) -> None:
     if rank() != 0 or (output.path / "merged" / "config.json").exists():
         return
     try:
-        base = load_weights(args.model_name_or_path, dtype=merged_dtype(args))
+        base = load_weights(
+            args.model_name_or_path, dtype=merged_dtype(args), revision=args.model_revision
+        )
         merged = PeftModel.from_pretrained(base, output.path).merge_and_unload()
         processor = Phi3VProcessor.from_pretrained(output.path, trust_remote_code=False)
         with output.finished_files("merged") as folder:

@@ -19,11 +19,12 @@ from ..distributed import print_first
 from ..errors import OVERFLOW, RunError, phase
 from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
+from .card import model_card, push
 from .checkpoints import take_over
 from .generation import generate
 from .merging import merge_adapter
 from .metrics import normalise
-from .output_folder import OutputFolder
+from .output_folder import LAST_RESULT, OutputFolder
 from .throughput import Meter
 
 # Loss scaling in fp16 starts at 65,536 and halves with every overflow; it recovers when they are
@@ -257,6 +258,8 @@ class Phi3VTrainer(Trainer):
                 self.folder.write_json(file_name, written)
                 if self.saved:
                     self._save_state()
+        if file_name == LAST_RESULT and self.args.push_to_hub and not self.flags.merge_lora:
+            self.push_to_hub()
         return metrics
 
     def _generate(self, records: Sequence, desc: str) -> list[tuple[str, float | None]] | None:
@@ -301,7 +304,7 @@ class Phi3VTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Write the trained model (of LoRA: the adapter), the processor and trainer_state.json to the
-        output folder. Files get their names when they are whole.
+        output folder, with a model card. Files get their names when they are whole.
         """
         if output_dir is not None:
             super().save_model(output_dir, _internal_call)
@@ -310,7 +313,7 @@ class Phi3VTrainer(Trainer):
         with phase(f"--output_dir {self.args.output_dir}: saving the model"):
             with self.folder.finished_files() if first else contextlib.nullcontext() as folder:
                 # Ranks have to save together: each may have a part of the weights.
-                super().save_model(str(folder), _internal_call)
+                super().save_model(str(folder), _internal_call=True)  # pushed at the end
             if first:
                 self._save_state()
         self.saved = True
@@ -319,8 +322,12 @@ class Phi3VTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_state(self) -> None:
+        """Write trainer_state.json and the model card."""
+        name = (self.hub_model_id or str(self.folder.path.absolute())).split("/")[-1]
+        card = model_card(self.folder.path, self.flags, self.model, self.state, name)
         with self.folder.finished_files() as folder:
             self.state.save_to_json(str(folder / "trainer_state.json"))
+            card.save(folder / "README.md")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -356,6 +363,17 @@ class Phi3VTrainer(Trainer):
     def merge_adapter(self) -> None:
         """Also write the model with the adapter merged into it, see `merging.py`."""
         merge_adapter(self.flags)
+        if self.args.push_to_hub:
+            self.push_to_hub()
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """`trainer_arguments` has made it."""
+        self.hub_model_id = self.args.hub_model_id
+
+    def push_to_hub(self, *args, **kwargs) -> None:
+        """Upload the output folder, see `push`."""
+        if self.is_world_process_zero():
+            push(self.folder, self.args)
 
 
 class _Steps(TrainerCallback):

@@ -1,0 +1,112 @@
+"""The model card, README.md of the output folder, and the folder's way to the hub."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import PeftModel
+from transformers import TrainerState, TrainingArguments
+
+from ..distributed import on_first_rank, print_first, world_size
+from ..errors import phase
+from .output_folder import LAST_RESULT, OutputFolder
+
+EVALUATIONS = {"before": "eval_before.json", "after": LAST_RESULT}
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "huggingface_hub")
+
+
+def model_card(
+    folder: Path, flags: argparse.Namespace, model, state: TrainerState, name: str
+) -> ModelCard:
+    """
+    The card of a trained model, with the metrics of the evaluations in `folder`.
+
+    Args:
+        flags: the recipe's.
+        name: of the model on the hub, or of the output folder.
+    """
+    base, dataset = flags.model_name_or_path, getattr(flags, "dataset_name_or_path", "")
+    adapters = [kind for kind in ("qlora", "dora", "rslora") if getattr(flags, f"use_{kind}")]
+    tags = ["lora", *adapters] if isinstance(model, PeftModel) else []
+    numbers = {when: _numbers(folder / file) for when, file in EVALUATIONS.items()}
+    metrics = list(numbers["before"] | numbers["after"])
+    data = ModelCardData(
+        base_model=None if os.path.isdir(base) else base,
+        datasets=dataset if dataset and not os.path.exists(dataset) else None,
+        library_name="peft" if tags else "transformers",
+        metrics=metrics or None,
+        pipeline_tag="image-text-to-text",
+        tags=["phi3_v", *tags],
+    )
+    table = [f"| metric | {' | '.join(numbers)} |", "| --- | --- | --- |"]
+    for metric in metrics:
+        values = (numbers[when].get(metric) for when in numbers)
+        shown = ("" if value is None else f"{value:.4f}" for value in values)
+        table.append(f"| {metric} | {' | '.join(shown)} |")
+    start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
+    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    commit, method = model.config._commit_hash, ", ".join(tags) or "full finetuning"
+    text = [
+        f"# {name}\n",
+        f"- from `{base}`" + (f", commit `{commit}`" if commit else ""),
+        f"- by {method}, {state.global_step} steps of {flags.batch_size} samples",
+        f"- with {', '.join(versions)}\n",
+        f"```bash\n{start} {command}\n```\n",
+        "Generated answers of the evaluation:\n",
+        *table,
+    ]
+    return ModelCard("\n".join(["---", data.to_yaml(), "---", "", *text, ""]))
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    """The metrics of an evaluation's file; none where there is no such file."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in content.items() if isinstance(value, int | float)}
+
+
+def create_repository(args: TrainingArguments) -> None:
+    """
+    Make --hub_model_id on the hub, before anything is trained; its default is the output folder's
+    name. `args` has its whole name then.
+
+    Raises:
+        RunError: no token, no right to, no network; on every rank.
+    """
+
+    def create() -> str:
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        with phase("--push_to_hub"):
+            hub = HfApi(token=True)  # or there would be a request without a token first
+            return hub.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+
+    args.hub_model_id = on_first_rank(create)
+
+
+def push(folder: OutputFolder, args: TrainingArguments) -> None:
+    """
+    Upload what runs wrote to the folder, checkpoints excepted; on the first rank.
+
+    Raises:
+        RunError: it cannot be done.
+    """
+    retry = (
+        f"{folder.path} is complete, and the same command with --resume_from_checkpoint pushes it"
+    )
+    with phase(f"--push_to_hub {args.hub_model_id}: {retry}"):
+        HfApi(token=True).upload_folder(
+            repo_id=args.hub_model_id,
+            folder_path=folder.path,
+            allow_patterns=folder.record["files"],
+            commit_message="Finetuned model",
+            revision=args.hub_revision,
+        )
+    print_first(f"Pushed {folder.path} to {args.hub_model_id}")
