@@ -6,11 +6,12 @@
 # make test-all             those that take long too: random kills, all demos, benchmarks; and whether
 #                           the tests notice faults that are planted
 # make test-trl             TRL's own trainers on this model, see docs/trl.md
+# make test-trackers        TensorBoard, MLflow, trackio and wandb, all offline
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all test-trl lint
+.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all test-trl test-trackers lint
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -41,6 +42,9 @@ test-all: lint
 
 test-trl: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trl.sh 1.16.0
+
+test-trackers: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trackers.sh
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
