@@ -8,12 +8,13 @@
 # make test-versions        the model on other versions of transformers, which are downloaded
 # make test-vllm            what a recipe saves, in vLLM, which is downloaded
 # make test-trl             TRL's own trainers on this model, see docs/trl.md
+# make test-trackers        TensorBoard, MLflow, trackio and wandb, all offline
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 lint
-.PHONY: test test-all test-versions test-vllm test-trl
+.PHONY: test test-all test-versions test-vllm test-trl test-trackers
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -50,6 +51,9 @@ test-vllm: .venv/installed
 
 test-trl: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trl.sh 1.16.0
+
+test-trackers: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trackers.sh
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

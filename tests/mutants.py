@@ -544,6 +544,63 @@ MUTANTS = [
         "is None",
         "test_convert_ucf101",
     ),
+    # ---- Other people's tools
+    Mutant(
+        "processor: completions begin with <s>",
+        "phi3v/model/processing_phi3_v.py",
+        "                add_special_tokens=add_special_tokens,\n",
+        "",
+        "test_ecosystem",
+    ),
+    Mutant(
+        "processor: the padding side is not handed on",
+        "phi3v/model/processing_phi3_v.py",
+        '            "padding_side": padding_side,\n',
+        "",
+        "test_ecosystem",
+    ),
+    Mutant(
+        "hub: checkpoints are pushed too",
+        "phi3v/training/card.py",
+        'allow_patterns=folder.record["files"]',
+        "allow_patterns=None",
+        "test_card",
+    ),
+    Mutant(
+        "hub: the token is looked for at the end",
+        "phi3v/training/launch.py",
+        "        create_repository(training_args)\n",
+        "        pass\n",
+        "test_card",
+    ),
+    Mutant(
+        "hub: the weights are of the newest revision",
+        "phi3v/training/loading.py",
+        "        revision=args.model_revision,\n",
+        "",
+        "test_card",
+    ),
+    Mutant(
+        "hub: the merge takes the newest revision",
+        "phi3v/training/merging.py",
+        "revision=args.model_revision",
+        "revision=None",
+        "test_card",
+    ),
+    Mutant(
+        "trackers: closed with the training",
+        "phi3v/training/trainer.py",
+        "                tracker.on_train_end = lambda *args, **kwargs: None\n",
+        "",
+        "test_trackers",
+    ),
+    Mutant(
+        "adapters: --use_rslora is for nothing",
+        "finetune_hf_trainer_ucf101.py",
+        "use_rslora=args.use_rslora",
+        "use_rslora=False",
+        "test_training",
+    ),
 ]
 
 

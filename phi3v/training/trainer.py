@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.collators import TrainingCollator
@@ -98,6 +99,7 @@ class Phi3VTrainer(Trainer):
                 callbacks=[_Steps(self)],
                 **kwargs,
             )
+        self.trackers = self._keep_trackers_open()
         self.meter = Meter(self.model, args.device)
         if not flags.eval_only:
             self.settings = take_over(flags, args, self.model, train_dataset)
@@ -183,9 +185,35 @@ class Phi3VTrainer(Trainer):
             scaler = self.accelerator.scaler  # of fp16 without DeepSpeed, which has its own
             if scaler is not None and scaler.get_scale() < SMALLEST_LOSS_SCALE:
                 raise RunError(OVERFLOW)
-        super().log(logs, start_time)
+        with phase(f"--report_to {' '.join(self.args.report_to)}"):
+            super().log(logs, start_time)
+
+    def _keep_trackers_open(self) -> list[Callable]:
+        """
+        What ends each tracker's run (--report_to), after the last evaluation.
+
+        The Trainer ends it with the training, and the evaluation would begin another one in MLflow,
+        trackio and TensorBoard, whose first one would lie in the working folder (transformers
+        5.23). Can go when trackers take what comes before and after a training into its run.
+        """
+        ends, kinds = [], tuple(get_reporting_integration_callbacks(self.args.report_to))
+        for tracker in self.callback_handler.callbacks:
+            if isinstance(tracker, kinds):
+                ends.append(tracker.on_train_end)
+                tracker.on_train_end = lambda *args, **kwargs: None
+            if isinstance(tracker, TensorBoardCallback) and tracker.logging_dir is None:
+                tracker.logging_dir = str(
+                    self.folder.path / "runs" / time.strftime("%b%d_%H-%M-%S")
+                )
+        return ends
+
+    def _end_trackers(self) -> None:
+        for end in self.trackers:
+            end(self.args, self.state, self.control, model=self.model)
+        self.trackers = []
 
     def _stop(self) -> None:
+        self._end_trackers()
         stopping.stop(
             f"Stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}; a "
             "checkpoint is saved."
@@ -258,8 +286,10 @@ class Phi3VTrainer(Trainer):
                 self.folder.write_json(file_name, written)
                 if self.saved:
                     self._save_state()
-        if file_name == LAST_RESULT and self.args.push_to_hub and not self.flags.merge_lora:
-            self.push_to_hub()
+        if file_name == LAST_RESULT:
+            self._end_trackers()
+            if self.args.push_to_hub and not self.flags.merge_lora:
+                self.push_to_hub()
         return metrics
 
     def _generate(self, records: Sequence, desc: str) -> list[tuple[str, float | None]] | None:
