@@ -55,7 +55,7 @@ GENERATE = """
 import json, sys
 from PIL import Image
 from vllm import LLM, SamplingParams
-folder, max_model_len, requests = sys.argv[1:]
+folder, max_model_len, requests, answers = sys.argv[1:]
 options = {"dtype": "float32", "gpu_memory_utilization": 0.3, "enforce_eager": True}
 model = LLM(
     folder, trust_remote_code=True, max_model_len=int(max_model_len), skip_mm_profiling=True,
@@ -67,7 +67,8 @@ for name, (prompt, paths) in json.loads(requests).items():
     sampling = SamplingParams(temperature=0, max_tokens=16)
     [answer] = model.generate([{"prompt": prompt, **images}], sampling)
     found[name] = [list(answer.prompt_token_ids), list(answer.outputs[0].token_ids)]
-print(json.dumps(found))
+with open(answers, "w") as file:
+    json.dump(found, file)
 """
 
 
@@ -140,10 +141,11 @@ def ours(folder: Path, requests: dict) -> dict[str, list[list[int]]]:
 
 def offline(programs: Path, folder: Path, max_model_len: int, requests: dict) -> dict:
     """The same by vLLM."""
-    arguments = [folder, max_model_len, json.dumps(requests)]
+    answers = folder.with_name(f"{folder.name}.json")
+    arguments = [folder, max_model_len, json.dumps(requests), answers]
     command = [programs / "python", "-c", GENERATE, *arguments]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    subprocess.run(list(map(str, command)), check=True)
+    return json.loads(answers.read_text())
 
 
 def served(programs: Path, folder: Path, log: Path, requests: dict) -> dict:
@@ -211,7 +213,7 @@ def main(arguments: list[str]) -> None:
     if not tokenizer:
         print("skipped: PHI3V_TOKENIZER is no folder with the real tokenizer")
         return
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["HF_HOME"] = str(work / "cache")  # where the code of models is copied to
