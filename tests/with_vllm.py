@@ -56,11 +56,8 @@ import json, sys
 from PIL import Image
 from vllm import LLM, SamplingParams
 folder, max_model_len, requests, answers = sys.argv[1:]
-options = {"dtype": "float32", "gpu_memory_utilization": 0.3, "enforce_eager": True}
-model = LLM(
-    folder, trust_remote_code=True, max_model_len=int(max_model_len), skip_mm_profiling=True,
-    limit_mm_per_prompt={"image": 2}, seed=0, **options
-)
+options = {"dtype": "float32", "enforce_eager": True, "skip_mm_profiling": True}
+model = LLM(folder, trust_remote_code=True, max_model_len=int(max_model_len), **options)
 found = {}
 for name, (prompt, paths) in json.loads(requests).items():
     images = {"multi_modal_data": {"image": [Image.open(path) for path in paths]}} if paths else {}
@@ -160,8 +157,8 @@ def served(programs: Path, folder: Path, log: Path, requests: dict) -> dict:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [programs / "vllm", "serve", folder, "--trust-remote-code", "--max-model-len", 4096]
-    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
-    command += ["--gpu-memory-utilization", 0.3, "--skip-mm-profiling"]
+    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
+    command += ["--enforce-eager", "--skip-mm-profiling"]
     with log.open("w") as output:
         server = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
     try:
@@ -220,6 +217,7 @@ def main(arguments: list[str]) -> None:
         print("skipped: PHI3V_TOKENIZER is no folder with the real tokenizer")
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GB. Otherwise it takes a share of the memory.
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["HF_HOME"] = str(work / "cache")  # where the code of models is copied to
