@@ -6,7 +6,7 @@
 # make test-all             those that take long too: random kills, all demos, benchmarks; and whether
 #                           the tests notice faults that are planted
 # make test-versions        the model on other versions of transformers, which are downloaded
-# make test-vllm            what a recipe saves, in vLLM, which is downloaded
+# make test-vllm            what a recipe saves, in vLLM, of which 3.4 GB are downloaded
 # make test-trl             TRL's own trainers on this model, see docs/trl.md
 # make test-trackers        TensorBoard, MLflow, trackio and wandb, all offline
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo

