@@ -427,6 +427,22 @@ def test_left_padding_across_the_switch_with_images(tiny_checkpoint):
     )
 
 
+def test_padded_rows_keep_their_positions_at_the_switch(tiny_checkpoint):
+    """Where the longest row of a batch outgrows the short factors, the others are not moved."""
+    model = load(tiny_checkpoint, original_max_position_embeddings=12)
+    ids = torch.arange(3, 23).view(2, 10)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, naive = (
+        model.generate(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)
+        for use_cache in (True, False)
+    )
+    for step, expected in zip(cached.logits, naive.logits, strict=True):
+        torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_the_cache_has_two_names(tiny_checkpoint, name):
     """

@@ -446,7 +446,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if switches:
             cache = None
             kwargs["next_sequence_length"] = None
-            kwargs.pop("position_ids", None)
+            kwargs.pop("position_ids", None)  # of one token
+            if attention_mask is not None and attention_mask.ndim == 2:
+                kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
