@@ -5,13 +5,16 @@
 # make test                 lint and the tests, in minutes
 # make test-all             those that take long too: random kills, all demos, benchmarks; and whether
 #                           the tests notice faults that are planted
+# make test-versions        the model on other versions of transformers, which are downloaded
+# make test-vllm            what a recipe saves, in vLLM, which is downloaded
 # make test-trl             TRL's own trainers on this model, see docs/trl.md
 # make test-trackers        TensorBoard, MLflow, trackio and wandb, all offline
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 test test-all test-trl test-trackers lint
+.PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 lint
+.PHONY: test test-all test-versions test-vllm test-trl test-trackers
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -39,6 +42,12 @@ test: lint
 test-all: lint
 	$(PYTEST)
 	$(BIN)/python -m tests.mutants
+
+test-versions: .venv/installed
+	$(BIN)/python -m tests.versions
+
+test-vllm: .venv/installed
+	$(BIN)/python -m tests.with_vllm
 
 test-trl: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trl.sh 1.16.0

@@ -29,7 +29,7 @@ from benchmarks.side_by_side import make_parser, report, spread
 from benchmarks.training_step import make_batch, process_memory, run
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collators import TrainingCollator
-from phi3v.data.records import load_records
+from phi3v.data.formats import load_records
 from phi3v.training.flops import training_flops
 from phi3v.training.throughput import count_batch
 

@@ -1,6 +1,7 @@
 """The processors against pixels and ids of the official code, and what goes beyond it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -259,3 +260,31 @@ def test_saved_processor(demo_checkpoint, tmp_path):
     assert again.chat_template == processor.chat_template == CHAT_TEMPLATE
     assert again.stop_token_ids == processor.stop_token_ids
     assert again.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_tokenizer_files_are_those_of_the_base(tokenizer_folder, tmp_path):
+    """
+    Transformers 4, and engines on it, read the official files and not those that transformers 5
+    writes. Beside an adapter, which has no config.json, the official ones would give other ids.
+    """
+    text = "<|user|>\n<|image_1|>\nÄ<|end|>\n"
+    base = Phi3VProcessor.from_pretrained(tokenizer_folder, num_crops=4, local_files_only=True)
+    ids = base.tokenizer(text).input_ids
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for kind in ("model", "adapter"):
+        (tmp_path / kind).mkdir()
+        if kind == "model":
+            shutil.copy(tokenizer_folder / "config.json", tmp_path / kind)
+        base.save_pretrained(tmp_path / kind)
+        same = [
+            (tmp_path / kind / n).read_bytes() == (tokenizer_folder / n).read_bytes()
+            for n in names[:2]
+        ]
+        assert all(same) == any(same) == (kind == "model")
+        written = json.loads((tmp_path / kind / "tokenizer_config.json").read_text())
+        assert not {"is_local", "local_files_only", "num_crops"} & written.keys()
+        assert Phi3VProcessor.from_pretrained(tmp_path / kind).tokenizer(text).input_ids == ids
+    base.tokenizer.add_tokens(["<new>"])
+    base.save_pretrained(tmp_path / "model")
+    saved = Phi3VProcessor.from_pretrained(tmp_path / "model").tokenizer
+    assert saved.convert_tokens_to_ids("<new>") == base.tokenizer.convert_tokens_to_ids("<new>")

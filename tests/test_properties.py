@@ -14,9 +14,10 @@ from PIL import Image
 
 from phi3v import Phi3VConfig, Phi3VImageProcessor
 from phi3v.data.collators import IGNORED, GenerationCollator, TrainingCollator
+from phi3v.data.formats import load_records
 from phi3v.data.images import check_images, image_sizes, load_images
 from phi3v.data.packing import count_tokens
-from phi3v.data.records import CONTROL_TOKEN, check_record, load_records
+from phi3v.data.records import CONTROL_TOKEN, check_record
 from phi3v.errors import DataError
 from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
 
@@ -76,8 +77,8 @@ def read(folder: Path, content: bytes) -> list[dict]:
     except DataError as error:
         text = str(error)
         if "has no records" not in text:
-            [number] = re.findall(rf"^{re.escape(str(path))}, line (\d+)", text)
-            assert 1 <= int(number) <= content.count(b"\n") + 1
+            [(word, number)] = re.findall(rf"^{re.escape(str(path))}, (line|item) (\d+)", text)
+            assert 1 <= int(number) <= content.count(b"\n" if word == "line" else b",") + 1
         assert str(path) in text and "\n" not in text and text.encode()
         raise
 

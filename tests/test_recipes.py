@@ -318,6 +318,30 @@ def test_evaluation_during_training_and_alone(demo_checkpoint, tmp_path, monkeyp
     assert (tmp_path / "e" / "eval_before.json").read_text() == after, "the saved model is it"
 
 
+# ---------------------------------------------------------------- UCF-101
+
+
+def test_conversations_of_other_tools(demo_checkpoint, tmp_path, monkeypatch, capsys):
+    """--train_file and --eval_file: a list of LLaVA's, and messages on lines."""
+    picture(0).save(tmp_path / "a.jpg")
+    turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Red"}]
+    rows = [{"id": 1, "image": "a.jpg", "conversations": turns}] * 4
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    content = [{"type": "image"}, {"type": "text", "text": "Colour?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "Red"},
+    ]
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.jpg"]}))
+    files = ("--train_file", tmp_path / "train.json", "--eval_file", tmp_path / "eval.jsonl")
+    with pytest.raises(SystemExit):
+        run("ucf101", demo_checkpoint, tmp_path, monkeypatch, *files)
+    assert "--train_file, --eval_file and --image_dir" in capsys.readouterr().err
+    run("ucf101", demo_checkpoint, tmp_path, monkeypatch, *files, "--image_dir", tmp_path)
+    after = json.loads((tmp_path / "output" / "eval_after.json").read_text())
+    assert after["ids"] == ["messages-1"] and after["answers_unique"] == ["red"]
+
+
 # ---------------------------------------------------------------- the README
 
 

@@ -126,8 +126,8 @@ class Lines(Sequence):
                 raise ValueError("there is more after the list")
         except (ValueError, IndexError, RecursionError) as error:
             raise DataError(
-                f"{self.path}, item {number}: not a JSON list in UTF-8: {first_line(error)}. "
-                "Correct it, or write one record per line."
+                f"{self.path}, item {max(1, number)}: not a JSON list in UTF-8: "
+                f"{first_line(error)}. Correct it, or write one record per line."
             ) from None
 
     def __len__(self) -> int:

@@ -3,6 +3,10 @@
 import copy
 
 from transformers import CLIPVisionConfig, Phi3Config
+from transformers.utils.versions import require_version
+
+# All four files import this one first, so whichever is loaded says the same.
+require_version("transformers>=5.15", "This model's code needs it: pip install -U transformers")
 
 # The vision tower of every published checkpoint, openai/clip-vit-large-patch14-336.
 CLIP_VIT_LARGE_PATCH14_336 = {

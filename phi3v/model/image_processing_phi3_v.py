@@ -6,6 +6,9 @@ comes first. Pixels are those of the official pipeline (PIL's resize, ToTensor, 
 bicubic), bit for bit.
 """
 
+from .configuration_phi3_v import Phi3VConfig  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Sequence
 

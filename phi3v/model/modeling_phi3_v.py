@@ -8,6 +8,9 @@ Shape legend, used in the comments below:
     m: side of a crop's grid after 2 x 2 patches are merged into one token (12 at 336 pixels)
 """
 
+from .configuration_phi3_v import Phi3VConfig
+
+# isort: split
 from functools import lru_cache
 from inspect import signature
 
@@ -18,8 +21,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel
 from transformers.utils import can_return_tuple
-
-from .configuration_phi3_v import Phi3VConfig
 
 # Rows of the separators behind the crops' features, see `Phi3VImageEmbedding.forward`.
 GLB_GN, SUB_GN = -2, -1

@@ -1,12 +1,24 @@
 """Phi-3.5-vision processor: prompts with image tags, and their images, to the model's inputs."""
 
+from .configuration_phi3_v import Phi3VConfig  # noqa: F401
+
+# isort: split
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput, is_valid_image
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "tokenizer.model",
+)
+FROM_CACHE = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+# What loading a processor leaves in its tokenizer's settings (transformers 5.17 to 5.24).
+NOT_OF_A_TOKENIZER = ("is_local", "local_files_only", "num_crops")
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 # Ahead of a chat template: messages whose content is a list of parts get the string that the
@@ -185,12 +197,38 @@ class Phi3VProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
-        As the parent, and preprocessor_config.json besides, which other engines and older versions
-        read.
+        As the parent, but for the files that other engines and older versions read: there is
+        preprocessor_config.json besides, and beside a model, the tokenizer's files are those that
+        it was loaded from. Transformers 4 cannot read what transformers 5 writes.
         """
+        for name in NOT_OF_A_TOKENIZER:
+            self.tokenizer.init_kwargs.pop(name, None)
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.image_processor.processor_class = type(self).__name__
-        return saved + self.image_processor.save_pretrained(save_directory)
+        saved += self.image_processor.save_pretrained(save_directory)
+        # Without config.json, transformers 5 goes by the class that tokenizer_config.json names,
+        # and in the official one that gives other ids (5.23, LlamaTokenizer).
+        if Path(save_directory, "config.json").is_file():
+            for name, content in self._original_tokenizer_files().items():
+                Path(save_directory, name).write_bytes(content)
+        return saved
+
+    def _original_tokenizer_files(self) -> dict[str, bytes]:
+        """
+        What the tokenizer was loaded from; nothing where that is gone, or the tokenizer has changed
+        since, by added tokens for example.
+        """
+        base = self.tokenizer.name_or_path
+        try:
+            paths = {name: cached_file(base, name, **FROM_CACHE) for name in TOKENIZER_FILES}
+            theirs = type(self.tokenizer).from_pretrained(Path(paths["tokenizer.json"]).parent)
+        except Exception:  # it comes from no folder, or from one that was removed
+            return {}
+        same = theirs.get_vocab() == self.tokenizer.get_vocab() and all(
+            getattr(theirs, name) == getattr(self.tokenizer, name)
+            for name in ("special_tokens_map", "chat_template", "model_max_length")
+        )
+        return {name: Path(path).read_bytes() for name, path in paths.items() if path and same}
 
 
 def share_images(images: ImageInput | list[list], tags: list[list[int]]) -> list[list]:

@@ -51,7 +51,10 @@ def model_card(
     start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    commit, method = model.config._commit_hash, ", ".join(tags) or "full finetuning"
+    commit, method = (
+        getattr(model.config, "_commit_hash", None),
+        ", ".join(tags) or "full finetuning",
+    )
     text = [
         f"# {name}\n",
         f"- from `{base}`" + (f", commit `{commit}`" if commit else ""),
