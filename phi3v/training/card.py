@@ -57,7 +57,8 @@ def model_card(
     )
     text = [
         f"# {name}\n",
-        f"- from `{base}`" + (f", commit `{commit}`" if commit else ""),
+        f"- from `{Path(base).name if os.path.isdir(base) else base}`"
+        + (f", commit `{commit}`" if commit else ""),
         f"- by {method}, {state.global_step} steps of {flags.batch_size} samples",
         f"- with {', '.join(versions)}\n",
         f"```bash\n{start} {command}\n```\n",
