@@ -245,7 +245,7 @@ def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
     frozen = not any(parameter.requires_grad for parameter in vision.parameters())
     lora = copy.copy(lora)
     lora.exclude_modules = rf".*\.vision_embed_tokens\..*{'' if frozen else idle}\..*"
-    commit = getattr(model.config, "_commit_hash", None)
+    commit = getattr(model.config, "_commit_hash", None)  # a new config has none
     return get_peft_model(model, lora, revision=commit)
 
 
