@@ -51,12 +51,13 @@ def model_card(
     start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    commit, method = getattr(model.config, "_commit_hash", None), ", ".join(tags)
+    commit = getattr(model.config, "_commit_hash", None)
+    method = ", ".join(tags) or "full finetuning"
     origin = Path(base).name if os.path.isdir(base) else base
     text = [
         f"# {name}\n",
         f"- from `{origin}`" + (f", commit `{commit}`" if commit else ""),
-        f"- by {method or 'full finetuning'}, {state.global_step} steps of {flags.batch_size} samples",
+        f"- by {method}, {state.global_step} steps of {flags.batch_size} samples",
         f"- with {', '.join(versions)}\n",
         f"```bash\n{start} {command}\n```\n",
         "Generated answers of the evaluation:\n",
