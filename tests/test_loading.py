@@ -50,14 +50,7 @@ def config(**fields) -> Callable[[Path], None]:
 
 
 def image_processor(**fields) -> Callable[[Path], None]:
-    """In both files that describe it."""
-
-    def change(folder):
-        edit(folder / "preprocessor_config.json", **fields)
-        inside = {f"image_processor__{name}": value for name, value in fields.items()}
-        edit(folder / "processor_config.json", **inside)
-
-    return change
+    return lambda folder: edit(folder / "preprocessor_config.json", **fields)
 
 
 def write(name: str, text: str | bytes) -> Callable[[Path], object]:

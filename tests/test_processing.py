@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import ByteLevel
 from transformers import AutoImageProcessor, AutoProcessor, pipeline
 
 from conftest import GOLDEN
@@ -288,3 +289,69 @@ def test_tokenizer_files_are_those_of_the_base(tokenizer_folder, tmp_path):
     base.save_pretrained(tmp_path / "model")
     saved = Phi3VProcessor.from_pretrained(tmp_path / "model").tokenizer
     assert saved.convert_tokens_to_ids("<new>") == base.tokenizer.convert_tokens_to_ids("<new>")
+
+
+def change_nothing(processor, base):
+    processor(["a", "b c"], padding=True, truncation=True, max_length=2)
+
+
+def replace_the_template(processor, base):
+    processor.chat_template = "changed"
+
+
+def add_a_token(processor, base):
+    processor.tokenizer.add_tokens(["<box>"])
+
+
+def drop_bos(processor, base):
+    processor.tokenizer.backend_tokenizer.post_processor = ByteLevel()
+
+
+def shorten(processor, base):
+    processor.tokenizer.model_max_length = 99
+
+
+def remove_the_base(processor, base):
+    shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "over itself"])
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (change_nothing, True),
+        (replace_the_template, True),
+        (add_a_token, False),
+        (drop_bos, False),
+        (shorten, False),
+        (remove_the_base, False),
+    ],
+)
+def test_what_a_save_keeps(demo_checkpoint, tmp_path, change, kept, place):
+    """
+    The base's files, byte for byte, unless they no longer make the tokenizer that is saved; and no
+    setting of the processor twice, for transformers 4.
+    """
+    base = shutil.copytree(demo_checkpoint, tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as no library writes them
+        content = json.loads((base / name).read_text())
+        content |= {"chat_template": CHAT_TEMPLATE} if name == "tokenizer_config.json" else {}
+        (base / name).write_text(json.dumps(content, indent=7))
+    (base / "chat_template.jinja").unlink()
+    names = ("tokenizer.json", "tokenizer_config.json")
+    files = [(base / name).read_bytes() for name in names]
+    processor = AutoProcessor.from_pretrained(base, num_crops=7)
+    change(processor, base)
+    saved = base if place == "over itself" else tmp_path / "saved"
+    saved.mkdir(exist_ok=True)
+    shutil.copy(demo_checkpoint / "config.json", saved)
+    processor.save_pretrained(saved)
+    assert ([(saved / name).read_bytes() for name in names] == files) == kept
+    again = AutoProcessor.from_pretrained(saved)
+    assert again.chat_template == processor.chat_template and again.image_processor.num_crops == 7
+    own = processor.tokenizer
+    assert again.tokenizer.get_vocab() == own.get_vocab()
+    assert again.tokenizer("a b").input_ids == own("a b").input_ids
+    assert again.tokenizer.model_max_length == own.model_max_length
+    assert (saved / "chat_template.jinja").exists() != (kept and change is not replace_the_template)
+    assert "image_processor" not in json.loads((saved / "processor_config.json").read_text())

@@ -3,11 +3,12 @@
 from .configuration_phi3_v import Phi3VConfig  # noqa: F401
 
 # isort: split
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import ImageInput, is_valid_image
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
@@ -195,22 +196,35 @@ class Phi3VProcessor(ProcessorMixin):
             rows.append(tokens)
         return rows
 
+    def to_dict(self) -> dict:
+        # The image processor has a file of its own. With a second one here, the official code fails
+        # on transformers 4.43 and 4.51: "got multiple values for argument 'image_processor'".
+        output = super().to_dict()
+        output.pop("image_processor", None)
+        return output
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
         As the parent, but for the files that other engines and older versions read: there is
         preprocessor_config.json besides, and beside a model, the tokenizer's files are those that
         it was loaded from. Transformers 4 cannot read what transformers 5 writes.
         """
+        # Without config.json, transformers 5 goes by the class that tokenizer_config.json names,
+        # and in the official one that gives other ids (5.23, LlamaTokenizer).
+        beside_a_model = Path(save_directory, "config.json").is_file()
+        originals = self._original_tokenizer_files() if beside_a_model else {}
         for name in NOT_OF_A_TOKENIZER:
             self.tokenizer.init_kwargs.pop(name, None)
         saved = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.image_processor.processor_class = type(self).__name__
         saved += self.image_processor.save_pretrained(save_directory)
-        # Without config.json, transformers 5 goes by the class that tokenizer_config.json names,
-        # and in the official one that gives other ids (5.23, LlamaTokenizer).
-        if Path(save_directory, "config.json").is_file():
-            for name, content in self._original_tokenizer_files().items():
-                Path(save_directory, name).write_bytes(content)
+        for name, content in originals.items():
+            Path(save_directory, name).write_bytes(content)
+        config = json.loads(originals.get("tokenizer_config.json", "{}"))
+        if config.get("chat_template") == self.chat_template:
+            # One place is enough. Of a file for it, transformers 4.51 makes an argument that the
+            # official code does not know.
+            Path(save_directory, "chat_template.jinja").unlink(missing_ok=True)
         return saved
 
     def _original_tokenizer_files(self) -> dict[str, bytes]:
@@ -224,11 +238,22 @@ class Phi3VProcessor(ProcessorMixin):
             theirs = type(self.tokenizer).from_pretrained(Path(paths["tokenizer.json"]).parent)
         except Exception:  # it comes from no folder, or from one that was removed
             return {}
-        same = theirs.get_vocab() == self.tokenizer.get_vocab() and all(
-            getattr(theirs, name) == getattr(self.tokenizer, name)
-            for name in ("special_tokens_map", "chat_template", "model_max_length")
-        )
+        same = _state(theirs) == _state(self.tokenizer)
         return {name: Path(path).read_bytes() for name, path in paths.items() if path and same}
+
+
+def _state(tokenizer: PreTrainedTokenizerBase) -> tuple:
+    """All that tells tokenizers apart, but how the last call padded and cut."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= {"padding": None, "truncation": None}
+    special = (tokenizer.special_tokens_map, tokenizer.all_special_tokens)
+    return (
+        backend,
+        *special,
+        tokenizer.padding_side,
+        tokenizer.model_max_length,
+        tokenizer.chat_template,
+    )
 
 
 def share_images(images: ImageInput | list[list], tags: list[list[int]]) -> list[list]:
