@@ -37,10 +37,10 @@ OFFICIAL_COLUMNS = {"sentence": str, "label": (str, bool), "identifier": str}
 
 def get_arguments():
     parser = RecipeParser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name_or_path", default=CAULDRON, help="hub id, or official files")
-    data.add_argument("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
-    data.add_argument("--eval_file", default="dev.json", help="official file to evaluate on")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name_or_path", default=CAULDRON, help="hub id, or folder of the official files")
+    add("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
+    add("--eval_file", default="dev.json", help="official file to evaluate on")
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ A consumer GPU: LoRA, or QLoRA with a 4-bit model:
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py \\
         --data_dir /path/to/converted_ucf101 --use_lora --use_qlora
 
-Conversations of your own, as LLaVA, TRL and ms-swift have them, too (python -m phi3v.check FILE):
+Conversations of your own, in the form of LLaVA, TRL or ms-swift:
 
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py \\
         --train_file train.json --eval_file eval.json --image_dir images --num_crops 16

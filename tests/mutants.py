@@ -108,6 +108,20 @@ MUTANTS = [
         "test_modeling",
     ),
     Mutant(
+        "generation: at the switch to the long factors, padding counts as text",
+        MODEL,
+        '["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)',
+        '["position_ids"] = torch.ones_like(attention_mask).cumsum(-1) - 1',
+        "test_modeling",
+    ),
+    Mutant(
+        "saving: the base's tokenizer in place of a changed one",
+        "phi3v/model/processing_phi3_v.py",
+        "        same = _state(theirs) == _state(self.tokenizer)",
+        "        same = True",
+        "test_processing",
+    ),
+    Mutant(
         "generation: no switch to the long factors",
         MODEL,
         "return length - new_tokens <= limit < length",

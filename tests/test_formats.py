@@ -69,7 +69,8 @@ def images(tmp_path):
 def write(folder, *rows, lines: bool = True):
     path = folder / "data.json"
     rows = [json.dumps(row) for row in rows]
-    path.write_text("\n".join(rows) if lines else f" [ {', '.join(rows)}\n]\n")
+    text = "\n".join(rows) if lines else f" [ {', '.join(rows)}\n]\n".replace(", {", ",\r\n{")
+    path.write_bytes(text.encode())
     return path
 
 

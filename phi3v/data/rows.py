@@ -109,7 +109,7 @@ class Lines(Sequence):
         """Number, place and length of the items of a list."""
         number, decoder = 0, json.JSONDecoder()
         try:
-            text = Path(self.path).read_text("utf-8")
+            text = Path(self.path).read_bytes().decode()  # places count every byte, \r too
             end = text.index("[") + 1
             start = len(text[:end].encode())
             while True:

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import TrainerState, TrainingArguments
 
-from ..distributed import on_first_rank, print_first, world_size
+from ..distributed import on_first_rank, print_first, rank, world_size
 from ..errors import phase
 from .output_folder import LAST_RESULT, OutputFolder
 
@@ -95,11 +95,13 @@ def create_repository(args: TrainingArguments) -> None:
 
 def push(folder: OutputFolder, args: TrainingArguments) -> None:
     """
-    Upload what runs wrote to the folder, checkpoints excepted; on the first rank.
+    On the first rank, upload what runs wrote to the folder, checkpoints excepted.
 
     Raises:
         RunError: it cannot be done.
     """
+    if rank() != 0:
+        return
     retry = (
         f"{folder.path} is complete, and the same command with --resume_from_checkpoint pushes it"
     )

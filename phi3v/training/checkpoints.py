@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from ..data.images import image_source
-from ..distributed import on_first_rank, print_first, rank
+from ..distributed import on_first_rank, print_first
 from ..errors import RunError, phase
 from .arguments import RecipeParser
 from .card import push
@@ -77,7 +77,7 @@ def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) 
         print_first(f"{args.output_dir} holds this run, and it is finished: nothing is left to do.")
         if args.merge_lora:
             merge_adapter(args)
-        if training_args.push_to_hub and rank() == 0:
+        if training_args.push_to_hub:
             push(folder, training_args)
         raise SystemExit(0)
     if checkpoint:

@@ -402,8 +402,7 @@ class Phi3VTrainer(Trainer):
 
     def push_to_hub(self, *args, **kwargs) -> None:
         """Upload the output folder, see `push`."""
-        if self.is_world_process_zero():
-            push(self.folder, self.args)
+        push(self.folder, self.args)
 
 
 class _Steps(TrainerCallback):
