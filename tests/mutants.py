@@ -624,13 +624,6 @@ MUTANTS = [
         "test_fake_gpu",
     ),
     Mutant(
-        "gpu: image features keep their precision",
-        MODEL,
-        "image_features.to(tokens.dtype)",
-        "image_features",
-        "test_fake_gpu",
-    ),
-    Mutant(
         "gpu: RoPE's float32 keys are cached",
         "phi3v/training/generation.py",
         "key_states.to(value_states.dtype)",
