@@ -14,9 +14,16 @@ What datasets look like elsewhere, to records (see `records.py`). Their keys tel
 An image stands where `<image>` does; a part {"type": "image"} may also bring its own as "image",
 "path" or "url". A conversation may begin with a system turn. Ids need not differ: a record's is
 `<id>-<line>`.
+
+Where questions are asked for, the last answer of each may be absent, and this is one too:
+
+    {"question": "What is it?", "image": "a.jpg", "id": "1"}
+
+An id, where there is one, then is the record's: an answer is found by it.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ..errors import DataError, quoted
@@ -31,26 +38,37 @@ ROLES = {
 }
 
 
-def load_records(path: str | Path, image_dir: str | Path) -> Records:
+UNANSWERED = "?"  # stands for the answer of a record that has none
+
+
+def load_records(path: str | Path, image_dir: str | Path, questions: bool = False) -> Records:
     """
     The records of a jsonl file, or of a JSON list, in any of these formats. Images are paths in
     `image_dir`.
 
+    Args:
+        questions: see `to_record`.
+
     Raises:
         DataError: there is no such file, it cannot be read, or it is empty.
     """
-    return Records(Lines(path), to_record, image_dir=image_dir)
+    return Records(Lines(path), partial(to_record, questions=questions), image_dir=image_dir)
 
 
-def to_record(row: object) -> dict:
+def to_record(row: object, questions: bool = False) -> dict:
     """
     A record of a row in one of these formats; one that is a record stays as it is.
+
+    Args:
+        questions: the last answer may be absent, and is UNANSWERED then.
 
     Raises:
         DataError: a field is missing or of the wrong type, turns do not alternate, or there are not
             as many tags as images.
     """
     check_type(row, dict, "the record")
+    if questions and "question" in row:
+        return _question(row)
     if "messages" in row:
         field, turns = "messages", check_type(row["messages"], list, "messages")
         role, content, images = "role", "content", row.get("images")
@@ -59,6 +77,8 @@ def to_record(row: object) -> dict:
         turns = turns if isinstance(turns, list) else []
         if not any(isinstance(turn, dict) and "from" in turn for turn in turns):
             check_fields(row, "the record", *FIELDS)
+            if questions and turns and isinstance(turns[-1], dict):
+                turns[-1].setdefault("assistant", UNANSWERED)
             return row
         field, role, content, images = "conversations", "from", "value", row.get("image")
     images = images if isinstance(images, list) else [] if images is None else [images]
@@ -71,6 +91,8 @@ def to_record(row: object) -> dict:
         )
     source = field if row.get("id") in (None, "") else str(row["id"])
     record = {"source": source, "conversations": []}
+    if questions and source != field:
+        record["id"] = source
     if spoken and spoken[0][0] == "system":
         record["system"] = spoken.pop(0)[1]
     for number, (speaker, _, _) in enumerate(spoken):
@@ -78,12 +100,24 @@ def to_record(row: object) -> dict:
         if speaker != wanted:
             place = f"{field}[{number + ('system' in record)}].{role}"
             raise DataError(f"{place} is {speaker}, where it is the {wanted}'s turn. Correct it.")
+    if questions and len(spoken) % 2:
+        spoken.append(("assistant", UNANSWERED, []))
     if len(spoken) % 2:
         raise DataError(f"{field} ends with a question. Write its answer.")
     for (_, user, shown), (_, assistant, _) in zip(spoken[::2], spoken[1::2], strict=True):
         turn = {"images": shown, "user": user, "assistant": assistant}
         record["conversations"].append(turn)
     return record
+
+
+def _question(row: dict) -> dict:
+    """A record of a question with its image, or a list of them."""
+    check_fields(row, "the line", {"question"}, {"id", "image", "images", "answer", "answers"})
+    images = row.get("images") or row.get("image") or []
+    images = images if isinstance(images, list) else [images]
+    turn = {"images": images, "user": row["question"], "assistant": UNANSWERED}
+    named = {} if row.get("id") in (None, "") else {"id": str(row["id"])}
+    return {**named, "source": "question", "conversations": [turn]}
 
 
 def _turns(

@@ -12,7 +12,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ..distributed import world_size
 from ..errors import prints_failures, record_failure
-from .hardware import gpu_problems
+from .hardware import gpu_problems, idle_gpus
 
 # Fields of TrainingArguments that a flag of the recipe decides, which each has another name.
 DECIDED_BY = {
@@ -356,6 +356,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             "--freeze_vision_model."
         )
     yield from gpu_problems(args)
+    yield from idle_gpus()
     if args.use_liger and not is_liger_kernel_available():
         yield "--use_liger needs the package liger-kernel: pip install liger-kernel"
     if args.torch_compile and not _compiler():

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, TrainingArguments
+from transformers.generation.streamers import BaseStreamer
 
 from ..data.collators import GenerationCollator
 from ..distributed import any_rank
@@ -27,6 +28,8 @@ def generate(
     choices: tuple[str, str] | None = None,
     desc: str = "",
     stop: Callable[[], bool] = lambda: False,
+    bar: tqdm | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[tuple[str, float | None]] | None:
     """
     The greedy answer to the last question of every record, in the records' order, on every rank.
@@ -35,6 +38,8 @@ def generate(
         model: whole, and on the device of `args`. It is left in evaluation mode.
         choices: two answers that begin with different tokens.
         stop: asked before every batch.
+        bar: goes on with these records; without one, they get a bar of their own, called `desc`.
+        streamer: of transformers, for a single record: gets its tokens as they are generated.
 
     Returns:
         Per record the text, and with `choices` the probability that it begins like the first choice
@@ -65,16 +70,18 @@ def generate(
     with (
         _instead_of_its_own(greedy, model),
         attending_to_padding(model),
-        tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
+        tqdm(total=len(records), desc=desc, unit="sample", disable=hidden or bar is not None) as own,
     ):
+        progress = own if bar is None else bar
         while len(found) < len(mine) and not stop():
             try:
                 for batch in _batches(Subset(records, mine[len(found) :]), processor, args):
                     if stop():
                         break
-                    answers = _answer(model, processor, batch, greedy, choice_ids)
+                    answers = _answer(model, processor, batch, greedy, choice_ids, streamer)
                     found += answers
-                    progress.update(min(len(answers) * args.world_size, len(records) - progress.n))
+                    left = progress.total - progress.n
+                    progress.update(min(len(answers) * args.world_size, left))
             except torch.OutOfMemoryError:
                 if args.per_device_eval_batch_size == 1:
                     raise
@@ -82,8 +89,8 @@ def generate(
             if len(found) < len(mine) and not stop():
                 torch.cuda.empty_cache()
                 print(
-                    "Out of memory in evaluation: it goes on with --eval_batch_size_per_gpu "
-                    f"{args.per_device_eval_batch_size}.",
+                    "Out of memory in generation: it goes on with batches of "
+                    f"{args.per_device_eval_batch_size} prompts.",
                     flush=True,
                 )
     if any_rank(len(found) < len(mine), args.device):
@@ -117,11 +124,16 @@ def _answer(
     batch: dict[str, torch.Tensor],
     config: GenerationConfig,
     choice_ids: list[int] | None,
+    streamer: BaseStreamer | None,
 ) -> list[tuple[str, float | None]]:
     """Of each prompt the text that follows, and the first choice's share of the two."""
     # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
     output = model.generate(
-        **batch, past_key_values=_Cache(), generation_config=config, synced_gpus=False
+        **batch,
+        past_key_values=_Cache(),
+        generation_config=config,
+        synced_gpus=False,
+        streamer=streamer,
     )
     texts = processor.batch_decode(
         output.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True

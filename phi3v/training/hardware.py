@@ -38,13 +38,6 @@ def gpu_problems(args: argparse.Namespace) -> Iterator[str]:
             f"{started} processes were started and {count} GPUs are visible. Start torchrun with "
             f"--nproc_per_node={count}."
         )
-    if count > 1 and "RANK" not in os.environ:
-        command = shlex.join(sys.argv)
-        yield (
-            f"{count} GPUs are visible, and torchrun was not used. Type: torchrun "
-            f"--nproc_per_node={count} {command}; for one of them alone: CUDA_VISIBLE_DEVICES=0 "
-            f"python {command}"
-        )
     if not _has_kernels(capability):
         yield (
             f"torch {torch.__version__} has no kernels for {name} (compute capability "
@@ -58,6 +51,18 @@ def gpu_problems(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.use_qlora and capability < (7, 5):
         yield f"--use_qlora needs a Turing GPU or newer, not {name}. Use --use_lora."
+
+
+def idle_gpus() -> Iterator[str]:
+    """That only the first of several GPUs would train."""
+    count = torch.cuda.device_count()
+    if count > 1 and "RANK" not in os.environ:
+        command = shlex.join(sys.argv)
+        yield (
+            f"{count} GPUs are visible, and torchrun was not used. Type: torchrun "
+            f"--nproc_per_node={count} {command}; for one of them alone: CUDA_VISIBLE_DEVICES=0 "
+            f"python {command}"
+        )
 
 
 def _has_kernels(capability: tuple[int, int]) -> bool:

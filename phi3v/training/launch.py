@@ -47,10 +47,10 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
     if deepspeed:
         _check_deepspeed(args, deepspeed)
     with phase("starting the processes"):
-        _init_after_restart(on_gpu)
+        init_after_restart(on_gpu)
         if deepspeed:
             _prepare_deepspeed(on_gpu)
-    _quieten(first, args.tqdm and first)
+    quieten(first, args.tqdm and first)
     # Where it can, sdpa prefers cuDNN (torch 2.14, on Hopper and Blackwell), which builds a plan
     # for every new length: of each batch, and of each token of an answer. Without it, sdpa's flash
     # kernel is next.
@@ -146,7 +146,7 @@ def _check_deepspeed(args: argparse.Namespace, path: Path) -> None:
                 raise RunError(f"--{flag} with --deepspeed {path}: {why}")
 
 
-def _init_after_restart(on_gpu: bool) -> None:
+def init_after_restart(on_gpu: bool) -> None:
     """
     Start the process group where torchrun has restarted the ranks (--max_restarts).
 
@@ -196,7 +196,7 @@ def _prepare_deepspeed(on_gpu: bool) -> None:
         deepspeed.init_distributed(dist_backend="gloo")
 
 
-def _quieten(first: bool, bars: bool) -> None:
+def quieten(first: bool, bars: bool) -> None:
     """Other ranks say nothing, and nobody what a user can't act on."""
     if not bars:
         transformers.logging.disable_progress_bar()

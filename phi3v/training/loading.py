@@ -56,26 +56,31 @@ RENDERED = (
 )
 
 
-def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
+def load_processor(args: argparse.Namespace, adapter: Path | None = None) -> Phi3VProcessor:
     """
-    The processor of --model_name_or_path, with --num_crops, tried out on a conversation.
+    The processor of --model_name_or_path, with --num_crops or else its own, tried out on a
+    conversation.
+
+    Args:
+        adapter: a folder whose processor takes the place of the model's.
 
     Raises:
         RunError: there is none, or the folder is not one of this model.
     """
     flag = f"--model_name_or_path {args.model_name_or_path}"
     patterns = ["*.json", "*.jinja", "*.model"]
-    folder = _model_folder(args.model_name_or_path, patterns, args.model_revision)
+    folder = model_folder(args.model_name_or_path, patterns, args.model_revision)
     config = _load_config(flag, folder)
+    crops = {} if args.num_crops is None else {"num_crops": args.num_crops}
     with phase(f"{flag}: the tokenizer's and processor's files"):
         processor = Phi3VProcessor.from_pretrained(
-            folder, num_crops=args.num_crops, trust_remote_code=False
+            adapter or folder, **crops, trust_remote_code=False
         )
         _check_processor(flag, processor, config)
     return processor
 
 
-def _model_folder(name: str, patterns: list[str], revision: str | None) -> Path:
+def model_folder(name: str, patterns: list[str], revision: str | None) -> Path:
     """The local folder `name`; of a hub id, its copy in the cache, with files like `patterns`."""
     flag = f"--model_name_or_path {name}"
     folder = Path(name)
@@ -274,7 +279,7 @@ def load_weights(
             the precision that it is computed in, by default `dtype`.
     """
     flag = f"--model_name_or_path {name}"
-    folder = _model_folder(name, ["*.json", "model*.safetensors"], revision)
+    folder = model_folder(name, ["*.json", "model*.safetensors"], revision)
     config = _load_config(flag, folder)
     with phase(f"{flag}: generation_config.json"):
         if (folder / "generation_config.json").exists():
