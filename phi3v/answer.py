@@ -29,23 +29,20 @@ base is found by the name that the adapter has for it. Answers are greedy.
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from tqdm import tqdm
 from transformers import TrainingArguments
 
-from .data.formats import UNANSWERED, load_records
-from .data.preparation import check_all_images
-from .data.records import Records
-from .distributed import on_first_rank, print_first, rank, world_size
-from .errors import RunError, explain_failures, one_line, phase, quoted
-from .model.processing_phi3_v import Phi3VProcessor
+from .answer_file import answer_file
+from .data.formats import UNANSWERED
+from .data.images import load_images
+from .data.records import check_record
+from .distributed import rank, world_size
+from .errors import RunError, explain_failures, phase, quoted
 from .training.arguments import COUNT, HelpFormatter, RecipeParser, number
 from .training.attention import choose_attention
 from .training.generation import generate
@@ -54,8 +51,7 @@ from .training.launch import TIMEOUT, init_after_restart, quieten
 from .training.loading import load_processor, load_weights, model_folder, quantization_config
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# So many batches a rank has answered when they are written: what an interruption costs at most.
-BATCHES_AT_A_TIME = 16
+GRADIO = "gradio>=6"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +80,7 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="go on without questions that are wrong or whose images cannot be read, and say which",
     )
-    add("--serve", action="store_true", help="a chat page; needs: pip install gradio")
+    add("--serve", action="store_true", help="a chat page in the browser; needs gradio")
     add("--port", type=number(int, 1, 65535), default=7860, help="of the page, on 127.0.0.1")
     add("--base", metavar="MODEL", help="of an adapter, if it is elsewhere by now")
     add("--model_revision", metavar="REV", help="of a hub id: the branch, tag or commit")
@@ -103,6 +99,7 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-tqdm", dest="tqdm", action="store_false", default=True, help="no progress bar")
     args = parser.parse_intermixed_args(argv)
+    # MODEL as it is called in messages and answers; an adapter's base takes its place.
     args.model, args.bf16 = args.model_name_or_path.rstrip("/"), args.use_flash_attention
     if args.file and args.image_dir is None:
         args.image_dir = os.path.dirname(args.file) or "."
@@ -121,47 +118,58 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--image {quoted(image)} is no file. Check the path."
     if (args.file is None) != (args.output is None):
         yield "--file and --output belong together."
+    if args.file and os.path.realpath(args.file) == os.path.realpath(args.output or ""):
+        yield "--output is --file, which would be overwritten. Choose another name."
     if args.file and not os.path.isdir(args.image_dir):
         yield f"--image_dir {quoted(args.image_dir)} is no folder. Check the path."
     if not args.file and world_size() > 1:
         yield "several processes share a --file alone. Start it without torchrun."
     if args.serve and not importlib.util.find_spec("gradio"):
-        yield "--serve needs the package gradio: pip install gradio"
+        yield f'--serve needs the package gradio: pip install "{GRADIO}"'
     if args.use_qlora and not importlib.util.find_spec("bitsandbytes"):
         yield "--load_in_4bit needs the package bitsandbytes: pip install bitsandbytes"
     yield from gpu_problems(args)
 
 
-def main() -> None:
-    args = get_arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = get_arguments(argv)
     # No folder can be made in the null device, so a traceback goes to a temporary one.
     explain_failures(os.path.dirname(os.path.abspath(args.output)) if args.file else os.devnull)
     run = start(args)
     adapter = find_adapter(args)
-    with _called(args, adapter):
-        processor = load_processor(args, adapter)
+    has_processor = adapter is not None and (adapter / "preprocessor_config.json").exists()
+    with _naming(args, adapter):
+        processor = load_processor(args, adapter if has_processor else None)
+
+    def load() -> torch.nn.Module:
+        return load_model(args, run, adapter)
+
+    def ask(model: torch.nn.Module, questions: Sequence[dict], **options) -> list[str]:
+        with _explained_memory():
+            answers = generate(model, processor, questions, run, args.max_new_tokens, **options)
+        return [text for text, _ in answers]
+
     if args.file:
-        answer_file(args, run, processor, adapter)
+        answer_file(args, run, processor, load, ask)
     elif args.serve:
         from .chat_page import serve
 
-        model = load_model(args, run, adapter)
+        model = load()
         serve(
-            lambda turns, streamer: ask(
-                model, processor, conversation(turns), run, args, streamer=streamer
-            ),
-            *(processor, args.model, args.port),
+            lambda turns, streamer: ask(model, [conversation(turns)], streamer=streamer)[0],
+            *(processor.tokenizer, args.model, args.port),
         )
     else:
         turn = {"images": args.image, "user": args.question, "assistant": UNANSWERED}
-        record = check_all_images(conversation([turn]), processor, args)
-        print(*ask(load_model(args, run, adapter), processor, record, run, args))
+        question = conversation([turn])
+        load_images(question, processor.image_processor)  # an error comes before the model
+        print(*ask(load(), [question]))
 
 
 def start(args: argparse.Namespace) -> TrainingArguments:
-    """The ranks meet. Returned is what `generate` asks for, and nothing is trained."""
-    on_gpu, watched = torch.cuda.is_available(), args.file is not None and rank() == 0
-    quieten(watched, args.tqdm and watched)
+    """The ranks meet. Returned is what `generate` asks for; nothing is trained."""
+    on_gpu = torch.cuda.is_available()
+    quieten(first=False, bars=args.tqdm and args.question is None and rank() == 0)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `trainer_arguments` does
     with phase("starting the processes"):
         init_after_restart(on_gpu)
@@ -170,13 +178,14 @@ def start(args: argparse.Namespace) -> TrainingArguments:
             per_device_eval_batch_size=args.batch_size,
             dataloader_num_workers=4 if on_gpu and args.file else 0,
             ddp_timeout=int(TIMEOUT.total_seconds()),
+            disable_tqdm=True,
         )
 
 
 def find_adapter(args: argparse.Namespace) -> Path | None:
     """The folder of the adapter that MODEL is, whose base then takes its place in `args`."""
     patterns = ["*.json", "*.jinja", "*.model", ADAPTER_WEIGHTS]
-    with _called(args, None):
+    with _naming(args, None):
         folder = model_folder(args.model_name_or_path, patterns, args.model_revision)
     if not (folder / ADAPTER).exists():
         return None
@@ -191,27 +200,16 @@ def find_adapter(args: argparse.Namespace) -> Path | None:
     return folder
 
 
-@contextlib.contextmanager
-def _called(args: argparse.Namespace, adapter: Path | None) -> Iterator[None]:
-    """Let errors of a model call it as this command does, and not by the recipes' flag."""
-    name = "MODEL" if adapter is None else f"the base of {args.model} (another one: --base):"
-    try:
-        yield
-    except RunError as error:
-        text = str(error).replace("--model_name_or_path", name)
-        raise RunError(text.replace("--use_qlora", "--load_in_4bit")) from error.__cause__
-
-
 def load_model(
     args: argparse.Namespace, run: TrainingArguments, adapter: Path | None
 ) -> torch.nn.Module:
-    """The model, on the device, in 16 bits on a GPU. An adapter is put beside its base."""
+    """The model, on the device, in 16 bits on a GPU. An adapter stays beside its base."""
     dtype = torch.float32
     if run.device.type == "cuda":
         is_ampere = torch.cuda.get_device_capability() >= (8, 0)
         dtype = torch.bfloat16 if is_ampere else torch.float16
     bits = {"quantization_config": quantization_config(dtype)} if args.use_qlora else {}
-    with _called(args, adapter):
+    with _naming(args, adapter):
         model = load_weights(
             args.model_name_or_path,
             dtype=dtype,
@@ -227,112 +225,37 @@ def load_model(
         return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
 
 
-def conversation(turns: list[dict]) -> Records:
-    """A record of turns, the last of which is to be answered."""
-    return Records([{"id": "question", "conversations": turns}]).check()
+def conversation(turns: list[dict]) -> dict:
+    """
+    A record of turns, the last of which is to be answered.
+
+    Raises:
+        DataError: a text is not what it has to be.
+    """
+    return check_record({"id": "question", "conversations": turns})
 
 
-def ask(
-    model: torch.nn.Module,
-    processor: Phi3VProcessor,
-    questions: Records,
-    run: TrainingArguments,
-    args: argparse.Namespace,
-    **options,
-) -> list[str]:
-    """The answers to all questions, on every rank. `options` are those of `generate`."""
+@contextlib.contextmanager
+def _naming(args: argparse.Namespace, adapter: Path | None) -> Iterator[None]:
+    """Errors of a model name it as this command does, and not by the recipes' flags."""
+    name = "MODEL" if adapter is None else f"the base of {args.model} (another one: --base):"
     try:
-        answers = generate(model, processor, questions, run, args.max_new_tokens, **options)
+        yield
+    except RunError as error:
+        text = str(error).replace("--model_name_or_path", name)
+        raise RunError(text.replace("--use_qlora", "--load_in_4bit")) from error.__cause__
+
+
+@contextlib.contextmanager
+def _explained_memory() -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise RunError(
             "the GPU has no memory left. Lower --batch_size or --num_crops, or use --load_in_4bit "
             "or --use_flash_attention."
         ) from error
-    return [text for text, _ in answers]
-
-
-def answer_file(
-    args: argparse.Namespace, run: TrainingArguments, processor: Phi3VProcessor, adapter: Path | None
-) -> None:
-    """
-    Answer --file into --output.
-
-    Answers go to OUTPUT.part, in the questions' order, which gets its name at the end.
-    """
-    questions = load_records(args.file, args.image_dir, questions=True)
-    questions = check_all_images(questions.check(args.skip_bad_samples), processor, args)
-    count, part = len(questions), Path(f"{args.output}.part")
-    done = on_first_rank(lambda: _answered(args, questions, part))
-    if done is None:
-        print_first(f"{args.output} is complete: {count:,} answers of {args.model}. It is kept.")
-        return
-    if done:
-        print_first(f"Going on after {done:,} of {count:,} answers in {part}")
-    model = load_model(args, run, adapter) if done < count else None
-    hidden = not args.tqdm or rank() != 0
-    with tqdm(total=count, initial=done, unit="question", disable=hidden) as bar:
-        while done < count:
-            # Lengths meet in batches among so many questions, see `generate`.
-            size = BATCHES_AT_A_TIME * run.world_size * run.per_device_eval_batch_size
-            some = questions.select(range(done, min(done + size, count)))
-            answers = ask(model, processor, some, run, args, bar=bar)
-            done += len(answers)
-            if rank() == 0:
-                with _writing(part), open(part, "a", encoding="utf-8", newline="\n") as file:
-                    file.writelines(map(_line, some, answers, [args.model] * len(answers)))
-    if rank() == 0:
-        with _writing(args.output):
-            part.replace(args.output)
-    print_first(f"{count:,} answers are in {args.output}")
-
-
-def _answered(args: argparse.Namespace, questions: Records, part: Path) -> int | None:
-    """
-    How many questions have their answer in `part`, from the first on; None where --output is
-    complete. A half-written line at its end is cut off.
-    """
-    path = Path(args.output) if Path(args.output).exists() else part
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab"):  # can it be written, before the model is loaded?
-            content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        lines = content[:end].splitlines()
-    for number_, (line, question) in enumerate(zip(lines, questions, strict=False), 1):
-        with phase(f"--output: {path}, line {number_}") as require:
-            found, due = json.loads(line), json.loads(_line(question, "", args.model))
-            same = all(found[key] == due[key] for key in ("id", "question", "model"))
-            require(same, "it is of another question or model. Delete the file, or choose another.")
-    with phase(f"--output: {path}") as require:
-        complete = len(lines) == len(questions)
-        require(
-            path == part and len(lines) <= len(questions) or complete,
-            f"it has {len(lines)} lines for {len(questions)} questions. Delete it, or choose "
-            "another.",
-        )
-    if path != part:
-        return None
-    with _writing(path):
-        os.truncate(path, end)
-    return len(lines)
-
-
-def _line(question: dict, answer: str, model: str) -> str:
-    """A line of --output."""
-    content = {"id": question["id"], "question": question["conversations"][-1]["user"]}
-    return json.dumps({**content, "answer": answer, "model": model}, ensure_ascii=False) + "\n"
-
-
-@contextlib.contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"--output: {path} cannot be written: {one_line(error)}. When that is solved, the same "
-            "command goes on."
-        ) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -70,7 +70,9 @@ def generate(
     with (
         _instead_of_its_own(greedy, model),
         attending_to_padding(model),
-        tqdm(total=len(records), desc=desc, unit="sample", disable=hidden or bar is not None) as own,
+        tqdm(
+            total=len(records), desc=desc, unit="sample", disable=hidden or bar is not None
+        ) as own,
     ):
         progress = own if bar is None else bar
         while len(found) < len(mine) and not stop():
