@@ -203,11 +203,8 @@ def find_adapter(args: argparse.Namespace) -> Path | None:
 def load_model(
     args: argparse.Namespace, run: TrainingArguments, adapter: Path | None
 ) -> torch.nn.Module:
-    """The model, on the device, in 16 bits on a GPU. An adapter stays beside its base."""
-    dtype = torch.float32
-    if run.device.type == "cuda":
-        is_ampere = torch.cuda.get_device_capability() >= (8, 0)
-        dtype = torch.bfloat16 if is_ampere else torch.float16
+    """The model, on the device. An adapter stays beside its base, as in the evaluations."""
+    dtype = precision(run.device)
     bits = {"quantization_config": quantization_config(dtype)} if args.use_qlora else {}
     with _naming(args, adapter):
         model = load_weights(
@@ -223,6 +220,14 @@ def load_model(
     with phase(f"MODEL {args.model}"):
         # In the precision of the base, as training computes with it.
         return PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What answers are computed in: bf16 on Ampere and newer."""
+    if device.type != "cuda":
+        return torch.float32
+    is_ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if is_ampere else torch.float16
 
 
 def conversation(turns: list[dict]) -> dict:

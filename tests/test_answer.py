@@ -131,6 +131,23 @@ def test_four_bits(demo_checkpoint, demo_processor, images, capsys):
     assert capsys.readouterr().out == f"{expected}\n"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("flags", [(), ("--load_in_4bit",)], ids=["16 bits", "4 bits"])
+def test_precisions_of_a_gpu(adapter, images, monkeypatch, capsys, dtype, flags):
+    """All that meets, pixels and adapter included, fits without autocast. (On a CPU, here.)"""
+    if flags:
+        pytest.importorskip("bitsandbytes")
+    loaded, load = [], phi3v.answer.load_model
+    monkeypatch.setattr(phi3v.answer, "precision", lambda device: dtype)
+    monkeypatch.setattr(
+        phi3v.answer, "load_model", lambda *args: loaded.append(load(*args)) or loaded[0]
+    )
+    answer(adapter, *flags, "--image", images / "0.png", "What is it?")
+    found = {tensor.dtype for tensor in loaded[0].parameters()}
+    assert found == ({dtype, torch.uint8} if flags else {dtype})
+    assert len(capsys.readouterr().out) > 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -296,29 +313,50 @@ runpy.run_module("phi3v.answer", run_name="__main__", alter_sys=True)
 
 @pytest.mark.slow
 def test_two_processes_and_a_kill(launcher: Launcher, demo_checkpoint, images, tmp_path):
-    """Two ranks write what one does. Killed, they go on where they were, with either number."""
+    """Two ranks write what one does. A rank that is killed and restarted loses a chunk at most."""
     file, alone = write(tmp_path / "q.jsonl", *many(70)), tmp_path / "alone.jsonl"
     flags = (*("--file", file, "--image_dir", images, "--batch_size", 1), *SHORT, "--output")
-    words = ("phi3v.answer", demo_checkpoint, *flags)
-    answer(*words[1:], alone)
-    launcher.run(*torchrun(2, "-m", *words, tmp_path / "two.jsonl"), cwd=REPO)
-    assert (tmp_path / "two.jsonl").read_bytes() == alone.read_bytes()
-
-    script, part = tmp_path / "slow.py", tmp_path / "killed.jsonl.part"
+    answer(demo_checkpoint, *flags, alone)
+    script, output = tmp_path / "slow.py", tmp_path / "two.jsonl"
     script.write_text(SLOW.format(repo=str(REPO)))
-    run = launcher.start(*torchrun(2, script, *words[1:], tmp_path / "killed.jsonl"), cwd=REPO)
+    words = (script, demo_checkpoint, *flags, output)
+    run, part = launcher.start(*torchrun(2, *words, restarts=1)), Path(f"{output}.part")
     while not (part.exists() and part.stat().st_size):
         assert run.poll() is None, run.text()
         time.sleep(0.01)
-    run.kill()
-    assert len(read(part)) == 32 and not (tmp_path / "killed.jsonl").exists()
-    with part.open("a") as half:
-        half.write('{"id": "q32", "ques')
-    said = launcher.run("-m", *words, tmp_path / "killed.jsonl", cwd=REPO)
-    assert "killed.jsonl.part has 32 of 70 answers. Going on." in said
-    assert "70/70" in said  # the bar, which began at 32
-    assert (tmp_path / "killed.jsonl").read_bytes() == alone.read_bytes()
-    assert not part.exists()
+    assert len(read(part)) == 32, "16 batches of two ranks"
+    assert not output.exists()
+    run.children()[1].kill()
+    said = run.finish()
+    assert run.returncode == 0, said
+    assert "two.jsonl.part has 32 of 70 answers. Going on." in said
+    assert "70/70" in said  # the bar, which goes on at 32
+    assert output.read_bytes() == alone.read_bytes() and not part.exists()
+
+
+def test_a_half_written_line(demo_checkpoint, images, tmp_path, monkeypatch):
+    """It is answered again; whole lines are not. A file that was whole but not renamed is."""
+    file, output = write(tmp_path / "q.jsonl", *many(6)), tmp_path / "a.jsonl"
+    words = (demo_checkpoint, "--file", file, "--image_dir", images, "--output", output)
+    answer(*words)
+    content = output.read_bytes()
+    lines = content.splitlines(keepends=True)
+    asked, generate = [], phi3v.answer.generate
+    monkeypatch.setattr(
+        phi3v.answer,
+        "generate",
+        lambda model, processor, some, *rest, **options: (
+            asked.extend(record["id"] for record in some)
+            or generate(model, processor, some, *rest, **options)
+        ),
+    )
+    for left, due in ((b"".join(lines[:4]) + lines[4][:9], ["q4", "q5"]), (content, [])):
+        output.rename(f"{output}.part")
+        Path(f"{output}.part").write_bytes(left)
+        asked.clear()
+        answer(*words)
+        assert asked == due
+        assert output.read_bytes() == content
 
 
 # ---- The page
