@@ -78,7 +78,7 @@ def test_evaluation_goes_on_with_less_when_memory_runs_out(
     assert generate(model, processor, records, training_args, 5) == expected
     assert sizes == [4, 2, *[1] * len(records)]
     assert training_args.per_device_eval_batch_size == 1
-    assert "goes on with --eval_batch_size_per_gpu 1." in capsys.readouterr().out
+    assert "goes on with 1 prompts at a time." in capsys.readouterr().out
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         generate(model, processor, records, training_args, 5)

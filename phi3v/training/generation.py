@@ -91,8 +91,8 @@ def generate(
             if len(found) < len(mine) and not stop():
                 torch.cuda.empty_cache()
                 print(
-                    "Out of memory in generation: it goes on with batches of "
-                    f"{args.per_device_eval_batch_size} prompts.",
+                    "Out of memory in generation: it goes on with "
+                    f"{args.per_device_eval_batch_size} prompts at a time.",
                     flush=True,
                 )
     if any_rank(len(found) < len(mine), args.device):
