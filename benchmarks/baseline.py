@@ -13,6 +13,7 @@ computed once a forward, not once a layer.
 import math
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from torch import nn
 from torchvision.transforms import functional
@@ -116,3 +117,17 @@ class BaselineForCausalLM(Phi3VForCausalLM):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+
+def use_side(model: Phi3VForCausalLM | PeftModel, side: str, attention: str) -> None:
+    """
+    Let a model that was loaded as ours compute as the `side` does, "ours" with this `attention` or
+    "baseline", with the same weights. The two have no state but these.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    classes = {
+        "ours": (Phi3VForCausalLM, Phi3VImageEmbedding),
+        "baseline": (BaselineForCausalLM, BaselineImageEmbedding),
+    }
+    base.__class__, base.model.vision_embed_tokens.__class__ = classes[side]
+    base.set_attn_implementation("eager" if side == "baseline" else attention)

@@ -1,5 +1,6 @@
 """Models with random weights: the full size, one that a CPU can train, and one to try commands."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,8 +28,14 @@ SIZES = {
         "num_attention_heads": 2,
     },
 }
-# Scaled down as the decoders are; small: an eighth of the width, a sixth of the depth.
+# Of CLIP, scaled down as the decoders are; small: an eighth of the width, a sixth of the depth.
 CLIPS = {
+    "full": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
     "small": {
         "hidden_size": 128,
         "intermediate_size": 512,
@@ -44,10 +51,25 @@ CLIPS = {
 }
 
 
-def make_config(size: str) -> Phi3VConfig:
-    """The configuration of Phi-3.5-vision (`full`), or scaled down. Same crops and vocabulary."""
-    shape, clip = SIZES[size], CLIPS.get(size)
+@cache
+def make_processor(num_crops: int = 16) -> Phi3VProcessor:
+    """A processor with the demo's tokenizer."""
+    return Phi3VProcessor(Phi3VImageProcessor(num_crops=num_crops), build_tokenizer())
+
+
+def make_config(size: str, layers: tuple[int, int] | None = None) -> Phi3VConfig:
+    """
+    The configuration of Phi-3.5-vision (`full`), or scaled down, with the ids of `make_processor`.
+    Same crops and vocabulary.
+
+    Args:
+        layers: of the decoder and of CLIP, in place of the size's own.
+    """
+    shape, clip = dict(SIZES[size]), dict(CLIPS[size])
+    if layers is not None:
+        shape["num_hidden_layers"], clip["num_hidden_layers"] = layers
     pairs = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    tokenizer = make_processor().tokenizer
     return Phi3VConfig(
         **shape,
         num_key_value_heads=shape["num_attention_heads"],
@@ -56,23 +78,23 @@ def make_config(size: str) -> Phi3VConfig:
         original_max_position_embeddings=4096,
         # One factor for every pair of rotated channels. Random weights need no particular ones.
         rope_scaling={"type": "su", "short_factor": [1.0] * pairs, "long_factor": [32.0] * pairs},
-        img_processor=clip
-        and {
+        img_processor={
             "image_dim_out": clip["hidden_size"],
             "clip_config": {"image_size": 336, "patch_size": 14, **clip},
         },
         bos_token_id=1,
-        pad_token_id=32000,
+        pad_token_id=tokenizer.pad_token_id,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
     )
 
 
-def save_random(size: str, folder: Path, dtype: torch.dtype, device: str) -> None:
-    """Write a checkpoint with random weights, and a processor with the demo's tokenizer."""
+def random_model(config: Phi3VConfig, dtype: torch.dtype, device: str) -> Phi3VForCausalLM:
+    """The same weights in every process, made on the device itself."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    config = make_config(size)
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
-    config.pad_token_id = tokenizer.pad_token_id
     with torch.device(device):
-        model = Phi3VForCausalLM._from_config(config, dtype=dtype)
-    save_checkpoint(folder, model, Phi3VProcessor(Phi3VImageProcessor(num_crops=16), tokenizer))
+        return Phi3VForCausalLM._from_config(config, dtype=dtype)
+
+
+def save_random(size: str, folder: Path, dtype: torch.dtype, device: str) -> None:
+    """Write a checkpoint with random weights, and its processor."""
+    save_checkpoint(folder, random_model(make_config(size), dtype, device), make_processor())
