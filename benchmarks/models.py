@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from demo.make_checkpoint import build_tokenizer, save_checkpoint
 from phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
@@ -88,11 +89,38 @@ def make_config(size: str, layers: tuple[int, int] | None = None) -> Phi3VConfig
     )
 
 
-def random_model(config: Phi3VConfig, dtype: torch.dtype, device: str) -> Phi3VForCausalLM:
+def random_model(
+    config: Phi3VConfig, dtype: torch.dtype, device: str, attention: str = "sdpa"
+) -> Phi3VForCausalLM:
     """The same weights in every process, made on the device itself."""
     torch.manual_seed(0)
     with torch.device(device):
-        return Phi3VForCausalLM._from_config(config, dtype=dtype)
+        return Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def quantise(model: Phi3VForCausalLM, settings: BitsAndBytesConfig) -> Phi3VForCausalLM:
+    """`model` with the weights of the decoder's layers in 4 bits, as loading makes them."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in model.model.layers:
+        for name, linear in list(layer.named_modules()):
+            if isinstance(linear, torch.nn.Linear):
+                packed = Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=False,
+                    compute_dtype=settings.bnb_4bit_compute_dtype,
+                    device="meta",
+                )
+                # Packed as they are moved, or of a CPU's, with the first use.
+                packed.weight = Params4bit(
+                    linear.weight.data,
+                    requires_grad=False,
+                    quant_type=settings.bnb_4bit_quant_type,
+                )
+                layer.set_submodule(name, packed.to(linear.weight.device))
+    model.is_loaded_in_4bit = True  # what PEFT and the Trainer go by
+    return model
 
 
 def save_random(size: str, folder: Path, dtype: torch.dtype, device: str) -> None:

@@ -32,11 +32,20 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from benchmarks.baseline import use_side
-from benchmarks.models import CLIPS, SIZES, make_config, make_processor, random_model
+from benchmarks.models import (
+    CLIPS,
+    SIZES,
+    make_config,
+    make_processor,
+    quantise,
+    random_model,
+)
 from benchmarks.preprocessing import make_file, read
 from benchmarks.side_by_side import in_turns, make_parser, report, spread
-from phi3v import Phi3VForCausalLM
+from phi3v import Phi3VForCausalLM, Phi3VProcessor
 from phi3v.data.collators import TrainingCollator
+from phi3v.data.packing import count_tokens
+from phi3v.training.attention import choose_attention
 from phi3v.training.loading import add_adapters, quantization_config
 
 METHODS = ("full", "frozen", "lora", "qlora")
@@ -60,23 +69,20 @@ LORA = LoraConfig(
 )
 
 
-# ---- One step; benchmarks/gpu.py takes it too ----
+# ---- One step ----
 
 
-def collate(
+def page_records(
+    processor: Phi3VProcessor,
     tokens: int = TOKENS,
     grid: tuple[int, int] = GRID,
-    num_crops: int = NUM_CROPS,
     samples: int = 1,
-    packed: bool = False,
     seed: int = 1,
-) -> dict:
+) -> list[dict]:
     """
-    What the collator makes of pages with `grid` (rows, columns) of crops, each with a question that
-    fills it up to `tokens` tokens and an answer with LABELS labels; `packed` into one row.
+    Records of a page with `grid` (rows, columns) of crops, a question that fills it up to `tokens`
+    tokens and an answer with LABELS labels.
     """
-    processor = make_processor(num_crops)
-    collator = TrainingCollator(processor, for_trainer=True)
     rows, columns = grid
     # A page is a little narrower than its crops, which are filled up to their width.
     page = read(make_file(336 * columns - 20, 336 * rows, "PNG", seed))
@@ -86,9 +92,19 @@ def collate(
         turn = {"images": [page], "user": " ".join(["True"] * words), "assistant": answer}
         return {"id": "0", "source": "random", "conversations": [turn]}
 
-    shortest = collator([record(1)])["lengths"][0]
-    records = [record(1 + tokens - shortest)] * samples
-    return collator([records] if packed else records)
+    return [record(1 + tokens - count_tokens(processor, record(1)))] * samples
+
+
+def collate(
+    tokens: int = TOKENS,
+    grid: tuple[int, int] = GRID,
+    num_crops: int = NUM_CROPS,
+    seed: int = 1,
+) -> dict:
+    """One of `page_records`, as the collator gives it to the Trainer."""
+    processor = make_processor(num_crops)
+    records = page_records(processor, tokens, grid, seed=seed)
+    return TrainingCollator(processor, for_trainer=True)(records)
 
 
 def to_device(batch: dict, device: str, dtype: torch.dtype) -> dict:
@@ -129,22 +145,27 @@ def update(optimizer: torch.optim.Optimizer) -> None:
 def run_child(args: argparse.Namespace) -> None:
     """
     Print as JSON: with `--child both`, CPU seconds and seconds of every round's steps; with a side,
-    the peak memory and the loss after two steps.
+    the peak memory and the loss of one step.
     """
     libraries = process_memory("VmRSS")
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     config = make_config(args.size, args.layers)
-    model = random_model(config, dtype, device)
+    attention = choose_attention(args)
+    model = random_model(config, dtype, device, attention)
     if args.method == "qlora":
-        model = quantise(model, dtype)
+        model = quantise(model, quantization_config(dtype))
     model = prepare(model, args.method, args.gradient_checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-7, fused=True)
+    # The optimizer's state is there from the first step on.
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    update(optimizer)
     batch = to_device(collate(args.tokens, args.grid, args.num_crops), device, dtype)
 
     def step(side: str) -> dict[str, float]:
-        use_side(model, side, args.attention)
+        use_side(model, side, attention)
         cpu, start = time.process_time(), time.perf_counter()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -156,34 +177,11 @@ def run_child(args: argparse.Namespace) -> None:
 
     if args.child == "both":
         turns = {side: lambda side=side: step(side) for side in SIDES}
-        print(json.dumps(in_turns(turns, args.rounds)))
+        print(json.dumps(in_turns(turns, args.rounds, warm_up=int(on_gpu))))
         return
-    step(args.child)  # allocates the optimizer's state
     loss = step(args.child)["loss"]
     peak = torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmHWM") - libraries
     print(json.dumps({"peak": peak, "loss": loss}))
-
-
-def quantise(model: Phi3VForCausalLM, dtype: torch.dtype) -> Phi3VForCausalLM:
-    """`model` with the weights of the decoder's layers in 4 bits, as loading makes them."""
-    import bitsandbytes
-
-    settings = quantization_config(dtype)
-    for layer in model.model.layers:
-        for name, linear in list(layer.named_modules()):
-            if isinstance(linear, torch.nn.Linear):
-                weight = bitsandbytes.nn.Params4bit(
-                    linear.weight.data,
-                    requires_grad=False,
-                    quant_type=settings.bnb_4bit_quant_type,
-                )
-                packed = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, False, dtype, device="meta"
-                )
-                packed.weight = weight
-                layer.set_submodule(name, packed.to(linear.weight.device))
-    model.is_loaded_in_4bit = True  # what PEFT goes by
-    return model
 
 
 def process_memory(field: str) -> int:
@@ -208,9 +206,11 @@ def measure(args: argparse.Namespace, method: str, checkpointing: str, layers: t
     """Of each side `cpu` and `seconds` of every round, `peak` in GB and `loss`."""
     command = [
         *(sys.executable, "-m", "benchmarks.training_step", "--size", args.size),
-        *("--method", method, "--rounds", args.rounds, "--attention", args.attention),
+        *("--method", method, "--rounds", args.rounds),
         *("--grid", *args.grid, "--num_crops", args.num_crops, "--tokens", args.tokens),
-        *("--layers", *layers, *(["--gradient_checkpointing"] if checkpointing == "yes" else [])),
+        *("--layers", *layers),
+        *(["--gradient_checkpointing"] if checkpointing == "yes" else []),
+        *(["--use_flash_attention"] if args.use_flash_attention else []),
     ]
     command = [str(part) for part in command]
     # A thread that waits would count as one that works.
@@ -282,9 +282,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=823, help="of the sample (823)")
     parser.add_argument("--methods", nargs="+", default=("full", "lora"), choices=METHODS)
     parser.add_argument("--checkpointing", nargs="+", default=SWITCH, choices=SWITCH)
-    parser.add_argument(
-        "--attention", default="sdpa", help="ours: sdpa (default) or flash_attention_2"
-    )
+    parser.add_argument("--use_flash_attention", action="store_true", help="ours, on a GPU")
     for name in ("child", "method"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -303,7 +301,8 @@ def main():
             name = [method, checkpointing, f"{layers[0]} + {layers[1]}, calculated from slices"]
             rows.append(row(name, whole(measured, layers)))
     name = f"Training step at the widths of the {args.size} model, {args.tokens:,} tokens"
-    report(name, HEADER, rows, args.save)
+    part = f"{'-'.join(args.methods)}-checkpointing-{'-'.join(args.checkpointing)}"
+    report(name, HEADER, rows, args.save, part)
 
 
 if __name__ == "__main__":
