@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 
 from benchmarks.models import SIZES, make_config, make_processor, quantise, random_model
-from benchmarks.recipe_table import METHODS
+from benchmarks.recipe_table import FROZEN, FULL, LORA, METHODS, QLORA, predicted_gb
 from benchmarks.side_by_side import make_parser, report
 from benchmarks.training_step import page_records
 from phi3v.training import Phi3VTrainer, load_model, trainer_arguments
@@ -56,7 +56,6 @@ VARIANTS = {
 }
 # They need a GPU, or on a CPU minutes to compile.
 GPU_ONLY = {"flash attention", "cuDNN", "liger", "compile", "8-bit AdamW"}
-FULL, FROZEN, LORA, QLORA = METHODS
 
 Case = tuple[str, tuple[str, ...]]  # a method and the names of its variants
 CASES: list[Case] = [
@@ -77,22 +76,6 @@ CASES: list[Case] = [
     ),
     *((method, ("flash attention", "checkpointing")) for method in METHODS),
 ]
-
-# GB, counted before any GPU was at hand: activations and weights of the full-size model on torch's
-# fake tensors, and gradients and optimizer by arithmetic. About 1 GB of CUDA's own comes on top.
-PREDICTED: dict[Case, float] = {
-    (FULL, ()): 99,
-    (FULL, ("checkpointing",)): 91,
-    (FROZEN, ()): 85,
-    (FROZEN, ("checkpointing",)): 84.7,
-    (LORA, ()): 35,
-    (LORA, ("checkpointing",)): 12.7,
-    (QLORA, ()): 29,
-    (QLORA, ("checkpointing",)): 7.6,
-    (FULL, ("no DeepSpeed",)): 100,
-    (FULL, ("no DeepSpeed", "8-bit AdamW", "checkpointing")): 60,
-}
-
 
 # ---- In a case's process ----
 
@@ -190,7 +173,7 @@ def finish(process: subprocess.Popen, seconds: float) -> dict | str:
 
 def row(case: Case, result: dict | str, first: float | None, size: str) -> list[str]:
     method, variants = case
-    predicted = PREDICTED.get(case) if size == "full" else None
+    predicted = predicted_gb(size, method, variants)
     name = [method, ", ".join(variants) or "-"]
     if isinstance(result, str):
         return [*name, result, *["-"] * 6]
@@ -199,7 +182,7 @@ def row(case: Case, result: dict | str, first: float | None, size: str) -> list[
         *(*name, f"{speed:.2f}", f"{speed / (first or speed):.2f}x"),
         f"{result['mfu']:.1%}" if "mfu" in result else f"{result['tflops_per_second']:.3g} TFLOP/s",
         f"{result['peak_memory_gb_per_process']:.1f}",
-        f"{predicted:.1f}" if predicted else "-",
+        predicted,
         f"{result['data_wait']:.1%}",
         result["attention"],
     ]
@@ -245,7 +228,8 @@ def main():
     if len(cases) < len(CASES):
         print(f"Left out: {len(CASES) - len(cases)} cases, by --first, or as they need a GPU.")
     report(f"Training on one GPU, {args.size} model, {TOKENS:,} tokens", HEADER, rows, args.save)
-    sys.exit(any("failed" in cells[2] for cells in rows))
+    if any("failed" in cells[2] for cells in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
