@@ -64,9 +64,10 @@ RECIPE_TABLE := --batch_size 8 --steps 4
 
 gpu: .venv/installed
 	@failed=""; \
-	$(BIN)/python -m pytest tests/test_gpu.py || failed="$$failed tests"; \
-	$(BIN)/python -m benchmarks.gpu $(GPU_TABLE) --save || failed="$$failed benchmarks.gpu"; \
-	$(BIN)/python -m benchmarks.recipe_table $(RECIPE_TABLE) --save || \
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} \
+		$(BIN)/python -m pytest tests/test_gpu.py || failed="$$failed tests"; \
+	$(BIN)/python -m benchmarks.gpu --save $(GPU_TABLE) || failed="$$failed benchmarks.gpu"; \
+	$(BIN)/python -m benchmarks.recipe_table --save $(RECIPE_TABLE) || \
 		failed="$$failed benchmarks.recipe_table"; \
 	echo; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed"; exit 1; fi; \

@@ -38,7 +38,7 @@ from phi3v.training import Phi3VTrainer, load_model, trainer_arguments
 
 RECIPE = "finetune_hf_trainer_docvqa"
 TOKENS = 2546
-STEPS = 5
+STEPS = 8
 OPERATORS = r"(?:attention|attn)(?!.*backward)"
 CASE_SECONDS = 150  # a case that takes longer is given up; compiling takes most
 
@@ -76,6 +76,7 @@ CASES: list[Case] = [
     ),
     *((method, ("flash attention", "checkpointing")) for method in METHODS),
 ]
+
 
 # ---- In a case's process ----
 
@@ -144,6 +145,7 @@ def attention_operators(trainer: Phi3VTrainer) -> str:
 def start(case: Case, args: argparse.Namespace) -> subprocess.Popen:
     """A case's process, which imports libraries and then waits for a line."""
     method, variants = case
+    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = (sys.executable, "-m", "benchmarks.gpu", "--size", args.size, "--child", method)
     return subprocess.Popen(
         [*command, *variants],
@@ -151,7 +153,7 @@ def start(case: Case, args: argparse.Namespace) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}),
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "" if args.device == "cpu" else one_gpu},
     )
 
 
@@ -166,7 +168,7 @@ def finish(process: subprocess.Popen, seconds: float) -> dict | str:
     if process.returncode == 0:
         return json.loads(output.splitlines()[-1])
     print(errors, file=sys.stderr)
-    if re.search("OutOfMemoryError|out of memory", errors):
+    if re.search("OutOfMemoryError|out of memory|no memory left", errors):
         return "out of memory"
     return f"failed: {' '.join(errors.split()[-30:])}".replace("|", "/")
 

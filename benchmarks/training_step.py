@@ -13,12 +13,14 @@ are labelled. The default page of 2 x 2 crops is smaller than DocVQA's usual one
 sake of time, and kinder to the baseline: its attention grows with the square of the tokens, and it
 has no padded crops to compute.
 
-Both sides take their steps in turns, in one process and on the same weights. CPU time is what to
-compare where other programs run beside it. Peak memory comes from a process for each side: of a GPU
-what PyTorch allocated, of a CPU process what was in use on top of its libraries.
+Both sides take their steps in turns, in one process and on the same weights, which a learning rate
+of 0 keeps: so loss and gradients have to agree too. CPU time is what to compare where other
+programs run beside it. Peak memory is that of a step: of a GPU what PyTorch allocated, of a CPU
+what the process held on top of its libraries.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -131,57 +133,57 @@ def prepare(
     return model.train()
 
 
-def update(optimizer: torch.optim.Optimizer) -> None:
-    """What follows the backward pass."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 # ---- Both sides ----
 
 
 def run_child(args: argparse.Namespace) -> None:
-    """
-    Print as JSON: with `--child both`, CPU seconds and seconds of every round's steps; with a side,
-    the peak memory and the loss of one step.
-    """
+    """Print as JSON what every round's step took of each side, see `step`."""
     libraries = process_memory("VmRSS")
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    config = make_config(args.size, args.layers)
     attention = choose_attention(args)
-    model = random_model(config, dtype, device, attention)
+    model = random_model(make_config(args.size, args.layers), dtype, device, attention)
     if args.method == "qlora":
         model = quantise(model, quantization_config(dtype))
     model = prepare(model, args.method, args.gradient_checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), eps=1e-7, fused=True)
-    # The optimizer's state is there from the first step on.
-    for parameter in trained:
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), eps=1e-7, fused=True)
+    for parameter in trained:  # its state is there from the first round on
         parameter.grad = torch.zeros_like(parameter)
-    update(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
     batch = to_device(collate(args.tokens, args.grid, args.num_crops), device, dtype)
 
     def step(side: str) -> dict[str, float]:
+        """Seconds, CPU seconds, peak in GB, loss, and norm of the gradients."""
         use_side(model, side, attention)
+        reset_peak(on_gpu)
         cpu, start = time.process_time(), time.perf_counter()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-        update(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         if on_gpu:
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        return {"seconds": seconds, "cpu": cpu, "loss": loss.item()}
+        peak = torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmHWM") - libraries
+        result = {"cpu": cpu, "seconds": seconds, "peak": peak / 1e9}
+        result |= {"loss": loss.item(), "norm": norm.item()}
+        print(side, result, file=sys.stderr, flush=True)
+        return result
 
-    if args.child == "both":
-        turns = {side: lambda side=side: step(side) for side in SIDES}
-        print(json.dumps(in_turns(turns, args.rounds, warm_up=int(on_gpu))))
+    turns = {side: lambda side=side: step(side) for side in SIDES}
+    print(json.dumps(in_turns(turns, args.rounds, warm_up=int(on_gpu))))
+
+
+def reset_peak(on_gpu: bool) -> None:
+    """Let the peak of memory begin at what is in use now."""
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
         return
-    loss = step(args.child)["loss"]
-    peak = torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmHWM") - libraries
-    print(json.dumps({"peak": peak, "loss": loss}))
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what the other side has freed
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, see proc(5)
 
 
 def process_memory(field: str) -> int:
@@ -195,37 +197,29 @@ def process_memory(field: str) -> int:
 def run(command: list[str], **environment: str) -> dict:
     """What a child prints as its last line, which is JSON."""
     result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     )
     if result.returncode:
-        sys.exit(result.stderr)
+        sys.exit(f"{' '.join(command)} failed.")
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(args: argparse.Namespace, method: str, checkpointing: str, layers: tuple) -> dict:
-    """Of each side `cpu` and `seconds` of every round, `peak` in GB and `loss`."""
+    """Of each side lists of what the rounds' steps took, see `run_child`."""
     command = [
-        *(sys.executable, "-m", "benchmarks.training_step", "--size", args.size),
-        *("--method", method, "--rounds", args.rounds),
+        *(sys.executable, "-m", "benchmarks.training_step", "--child", "--size", args.size),
+        *("--method", method, "--rounds", args.rounds, "--layers", *layers),
         *("--grid", *args.grid, "--num_crops", args.num_crops, "--tokens", args.tokens),
-        *("--layers", *layers),
         *(["--gradient_checkpointing"] if checkpointing == "yes" else []),
         *(["--use_flash_attention"] if args.use_flash_attention else []),
     ]
-    command = [str(part) for part in command]
     # A thread that waits would count as one that works.
-    rounds = run([*command, "--child", "both"], OMP_WAIT_POLICY="PASSIVE")
-    measured = {}
-    for side in SIDES:
-        # glibc keeps freed blocks, unless it is told not to, which takes time.
-        memory = run([*command, "--child", side], MALLOC_MMAP_THRESHOLD_="1000000")
-        measured[side] = {
-            **{key: [step[key] for step in rounds[side]] for key in ("cpu", "seconds")},
-            "peak": [memory["peak"] / 1e9],
-            "loss": memory["loss"],
-        }
-    print(f"{method}, checkpointing {checkpointing}, {layers}: {measured}", file=sys.stderr)
-    return measured
+    rounds = run([str(part) for part in command], OMP_WAIT_POLICY="PASSIVE")
+    print(f"{method}, checkpointing {checkpointing}, {layers}: {rounds}", file=sys.stderr)
+    return {
+        side: {key: [step[key] for step in rounds[side]] for key in rounds[side][0]}
+        for side in SIDES
+    }
 
 
 def extrapolate(slices: list[float], layers: tuple[int, int]) -> float:
@@ -236,13 +230,10 @@ def extrapolate(slices: list[float], layers: tuple[int, int]) -> float:
 
 
 def whole(measured: list[dict], layers: tuple[int, int]) -> dict:
-    """`measure` of the whole model, calculated round by round from that of SLICES."""
+    """`measure` of the whole model, calculated from medians of that of SLICES."""
     return {
         side: {
-            key: [
-                extrapolate(values, layers)
-                for values in zip(*(one[side][key] for one in measured), strict=True)
-            ]
+            key: [extrapolate([statistics.median(one[side][key]) for one in measured], layers)]
             for key in ("cpu", "seconds", "peak")
         }
         for side in SIDES
@@ -251,24 +242,28 @@ def whole(measured: list[dict], layers: tuple[int, int]) -> dict:
 
 def row(name: list[str], measured: dict) -> list[str]:
     ours, theirs = (measured[side] for side in SIDES)
+    calculated = "loss" not in ours  # one value each
     cells = list(name)
-    for key in ("cpu", "seconds"):
-        # Of medians, and not the median of ratios: what one round calculates for the whole model
-        # has the errors of three steps.
-        ratio = statistics.median(theirs[key]) / statistics.median(ours[key])
-        cells += [spread(ours[key], 1), spread(theirs[key], 1), f"{ratio:.2f}x"]
-    [our_peak], [their_peak] = ours["peak"], theirs["peak"]
-    cells += [f"{our_peak:.2f}", f"{their_peak:.2f}", f"{our_peak / their_peak:.2f}"]
-    losses = (f"{side['loss']:.7g}" if "loss" in side else "" for side in (ours, theirs))
-    return [*cells, " / ".join(losses) if "loss" in ours else "calculated"]
+    for key in ("cpu", "seconds", "peak"):
+        for values in (ours[key], theirs[key]):
+            cells.append(f"{values[0]:.1f}" if calculated else spread(values, 1))
+        cells.append(f"{statistics.median(theirs[key]) / statistics.median(ours[key]):.2f}x")
+    for key in ("loss", "norm"):
+        cells.append("-" if calculated else f"{difference(ours[key] + theirs[key]):.0e}")
+    return cells
+
+
+def difference(values: list[float]) -> float:
+    """The largest one between any two, relative to their size."""
+    return (max(values) - min(values)) / max(values)
 
 
 HEADER = (
     *("method", "checkpointing", "decoder + CLIP layers"),
     *("ours, CPU s", "baseline, CPU s", "less CPU time"),
     *("ours, s", "baseline, s", "faster"),
-    *("ours, peak GB", "baseline, peak GB", "memory"),
-    "losses, ours / baseline",
+    *("ours, peak GB", "baseline, peak GB", "less memory"),
+    *("losses differ by", "gradients' norms by"),
 )
 
 
@@ -283,8 +278,8 @@ def main():
     parser.add_argument("--methods", nargs="+", default=("full", "lora"), choices=METHODS)
     parser.add_argument("--checkpointing", nargs="+", default=SWITCH, choices=SWITCH)
     parser.add_argument("--use_flash_attention", action="store_true", help="ours, on a GPU")
-    for name in ("child", "method"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--layers", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--gradient_checkpointing", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
