@@ -524,9 +524,7 @@ def test_flags_that_imply_lora(flag):
 
 def test_implied_flags(monkeypatch):
     """Flash attention implies bf16."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: True)
+    pretend_gpu(monkeypatch, (9, 0))
     assert RecipeParser("").parse_args(["--use_flash_attention"]).bf16
 
 
@@ -639,24 +637,71 @@ def test_refused_deepspeed_configs(flags, message, monkeypatch, tmp_path):
     ("gpu", "flags", "message"),
     [
         (None, ["--use_flash_attention"], "needs a GPU"),
-        ((9, 0), ["--use_flash_attention"], "needs the package flash-attn"),
         (None, ["--use_liger"], "--use_liger needs a GPU"),
         ((9, 0), ["--use_liger"], "pip install liger-kernel"),
         (None, ["--torch_compile"], "needs a C++ compiler"),
-        ((7, 0), ["--bf16"], "needs an Ampere GPU or newer, not V100"),
+        ((7, 5), ["--bf16"], "needs an Ampere GPU or newer, not T4"),
+        ((7, 0), [], 'pip install "torch<2.15" torchvision --index-url https://download.pytorch'),
+        ((5, 2), ["--use_lora"], "has no kernels for T4 (compute capability 5.2)"),
     ],
 )
 def test_refused_hardware(gpu, flags, message, capsys, monkeypatch):
     """So is what the hardware or an absent package cannot do."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
-    monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: False)
+    if gpu:
+        pretend_gpu(monkeypatch, gpu)
     monkeypatch.setattr("phi3v.training.arguments.is_liger_kernel_available", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit):
         RecipeParser("").parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_hardware_that_has_kernels(capability, monkeypatch):
+    """From Turing to Blackwell, whatever was built for the generation serves."""
+    pretend_gpu(monkeypatch, capability)
+    architectures = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.14.1+cu130
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: architectures)
+    assert RecipeParser("").parse_args([])
+
+
+def test_several_gpus_without_torchrun(capsys, monkeypatch):
+    """
+    One process on several GPUs is refused with the command to type: under DataParallel, pixels
+    would meet other rows' texts.
+    """
+    pretend_gpu(monkeypatch, (9, 0), count=2)
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "a b"])
+    with pytest.raises(SystemExit):
+        RecipeParser("").parse_args([])
+    error = capsys.readouterr().err
+    assert "Type: torchrun --nproc_per_node=2 finetune.py --output_dir 'a b'; for one" in error
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0" if name == "RANK" else "2")
+    assert RecipeParser("").parse_args([])
+
+
+def test_a_driver_that_is_too_old(capsys, monkeypatch):
+    """A card that CUDA cannot use is an error with its reason, not a run on the CPU."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040)")
+
+    monkeypatch.setattr("torch.cuda.init", fail)
+    # DeepSpeed has torch ask the driver's library alone whether there is a GPU.
+    monkeypatch.setattr("torch.cuda.get_device_name", fail)
+    with pytest.raises(SystemExit):
+        RecipeParser("").parse_args([])
+    error = capsys.readouterr().err
+    assert "1 GPUs are visible" in error and "driver on your system is too old" in error
+
+
+def pretend_gpu(monkeypatch, capability: tuple[int, int], count: int = 1) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "T4")
 
 
 LAST_COLLECTIVE = """
