@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -515,6 +516,33 @@ def test_dora_and_rslora_are_what_peft_makes_of_them(demo_checkpoint, tmp_path):
     plain = loaded(arguments(demo_checkpoint, tmp_path, "--use_lora", "--lora_rank", "4"))
     layer = plain.base_model.model.model.layers[0].self_attn.o_proj
     assert layer.scaling["default"] == 8 / 4 and not layer.lora_magnitude_vector
+
+
+def test_inputs_of_adapters_are_not_cast(demo_checkpoint, demo_processor, tmp_path):
+    """
+    Under autocast, float32 inputs become 16 bits again before the adapter: without PEFT's casts,
+    loss and gradients are the same to the last bit. DoRA keeps them, for the norms of its weights.
+    """
+    model = loaded(arguments(demo_checkpoint, tmp_path, "--use_lora", "--lora_rank", "4"))
+    for name, parameter in model.named_parameters():  # bf16 under adapters, as on a GPU
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert not any(layer.cast_input_dtype_enabled for layer in layers)
+    batch, found = TrainingCollator(demo_processor)(RECORDS), []
+    for cast in (False, True):
+        for layer in layers:
+            layer.cast_input_dtype_enabled = cast
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert len(found[0]) > 2 * len(layers)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    dora = loaded(arguments(demo_checkpoint, tmp_path / "b", "--use_dora", "--lora_rank", "4"))
+    assert any(getattr(module, "cast_input_dtype_enabled", False) for module in dora.modules())
 
 
 @pytest.mark.parametrize("flag", ["--use_qlora", "--use_dora", "--use_rslora"])
