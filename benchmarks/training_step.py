@@ -15,8 +15,9 @@ has no padded crops to compute.
 
 Both sides take their steps in turns, in one process and on the same weights, which a learning rate
 of 0 keeps: so loss and gradients have to agree too. CPU time is what to compare where other
-programs run beside it. Peak memory is that of a step: of a GPU what PyTorch allocated, of a CPU
-what the process held on top of its libraries.
+programs run beside it. On a CPU the whole is calculated of it alone: slices are measured one after
+the other, and the machine may be busier with one of them. Peak memory is that of a step: of a GPU
+what PyTorch allocated, of a CPU what the process held on top of its libraries.
 """
 
 import argparse
@@ -234,7 +235,7 @@ def whole(measured: list[dict], layers: tuple[int, int]) -> dict:
     return {
         side: {
             key: [extrapolate([statistics.median(one[side][key]) for one in measured], layers)]
-            for key in ("cpu", "seconds", "peak")
+            for key in ("seconds" if torch.cuda.is_available() else "cpu", "peak")
         }
         for side in SIDES
     }
@@ -245,6 +246,9 @@ def row(name: list[str], measured: dict) -> list[str]:
     calculated = "loss" not in ours  # one value each
     cells = list(name)
     for key in ("cpu", "seconds", "peak"):
+        if key not in ours:
+            cells += ["-"] * 3
+            continue
         for values in (ours[key], theirs[key]):
             cells.append(f"{values[0]:.1f}" if calculated else spread(values, 1))
         cells.append(f"{statistics.median(theirs[key]) / statistics.median(ours[key]):.2f}x")
