@@ -77,7 +77,7 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(TIMEOUT.total_seconds()),
         # Out of pinned memory, while the device computes.
-        "accelerator_config": {"non_blocking": True},
+        "accelerator_config": {"non_blocking": on_gpu},
         "dataloader_num_workers": (4 if on_gpu else 0) if workers is None else workers,
         "eval_strategy": "steps" if args.eval_steps else "no",
         "eval_steps": args.eval_steps,
