@@ -83,6 +83,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         "eval_steps": args.eval_steps,
         "save_strategy": "steps" if args.save_steps else "no",
         "save_steps": args.save_steps or 500,
+        # So that early stopping goes on counting.
+        "restore_callback_states_from_checkpoint": args.early_stopping_patience is not None,
         "hub_strategy": "end",
         # A loss that is not finite ends the run. In fp16 its step is skipped, so it is not logged.
         "logging_nan_inf_filter": on_gpu and not args.bf16,

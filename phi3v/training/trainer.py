@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import PeftModel
+from torch.utils.data import Subset
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -87,7 +89,8 @@ class Phi3VTrainer(Trainer):
         self.choices = choices
         self.folder = OutputFolder(args.output_dir)
         self.stopping = False
-        self.saved_step: int | None = None  # of the last checkpoint
+        resumed = Path(args.resume_from_checkpoint or "").name.removeprefix("checkpoint-")
+        self.saved_step = int(resumed) if resumed.isdigit() else None  # of the last checkpoint
         self.saved = False  # the trained model
         self.last_generated = (None, None, None)  # step, records, answers
         self.losses: list[tuple[list[str], torch.Tensor]] = []  # of a step's micro-batches
@@ -112,6 +115,9 @@ class Phi3VTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(Bar)
         self.add_callback(LogLines)
+        if flags.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(flags.early_stopping_patience))
+        self.eval_subset = evenly(eval_dataset, flags.eval_samples)
         self.trackers = self._keep_trackers_open()
         self.meter = Meter(self.model, args.device)
         if not flags.eval_only:
@@ -251,7 +257,7 @@ class Phi3VTrainer(Trainer):
         accepted ones.
 
         Args:
-            file_name: `eval_step_<n>.json` by default.
+            file_name: `eval_step_<n>.json` by default, of --eval_samples.
 
         Returns:
             The metrics, their names prefixed, on every rank.
@@ -259,7 +265,8 @@ class Phi3VTrainer(Trainer):
         Raises:
             SystemExit: SIGTERM came; nothing is written. In training, a checkpoint is saved.
         """
-        records = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = self.eval_dataset if file_name else self.eval_subset
+        records = own if eval_dataset is None else eval_dataset
         file_name = file_name or f"eval_step_{self.state.global_step}.json"
         if self.is_in_train and self.control.should_save:
             # Before a long evaluation, so that a kill cannot cost the checkpoint.
@@ -310,6 +317,15 @@ class Phi3VTrainer(Trainer):
             if self.args.push_to_hub and not self.flags.merge_lora:
                 self.push_to_hub()
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """The Trainer's, for which the checkpoint of this step is written after its evaluation."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.saved_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(
+                self.folder.path / f"checkpoint-{self.state.global_step}"
+            )
+        return is_best
 
     def _generate(self, records: Sequence, desc: str) -> list[tuple[str, float | None]] | None:
         step, theirs, generated = self.last_generated
@@ -424,6 +440,13 @@ class Phi3VTrainer(Trainer):
         push(self.folder, self.args)
 
 
+def evenly(records: Sequence, count: int | None) -> Sequence:
+    """`count` of the records, evenly spaced; all of them without one, or where there are fewer."""
+    if count is None or count >= len(records):
+        return records
+    return Subset(records, [len(records) * i // count for i in range(count)])
+
+
 class _Steps(TrainerCallback):
     """Tells the trainer what it has no method for: that training begins, and that a step ends."""
 
@@ -439,7 +462,7 @@ class _Steps(TrainerCallback):
         if due and not any(
             "eval_runtime" in entry and entry["step"] == step for entry in state.log_history
         ):
-            self.trainer.evaluate()
+            self.trainer._determine_best_metric(self.trainer.evaluate(), trial=None)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.after_step()
