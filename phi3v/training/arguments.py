@@ -328,6 +328,18 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
     group.add_argument(
         "--eval_steps", type=COUNT, help="evaluate every so many steps too, into eval_step_<n>.json"
     )
+    group.add_argument(
+        "--eval_samples",
+        type=COUNT,
+        help="evaluate between steps on so many samples, evenly spaced; before and after training "
+        "on all",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=COUNT,
+        help="end training after so many evaluations in a row that are not better than the best; "
+        "with --eval_steps, --load_best_model_at_end and --metric_for_best_model",
+    )
     group.add_argument("--max_new_tokens", type=COUNT, default=64, help="longest generated answer")
 
 
@@ -345,6 +357,11 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--resume_from_checkpoint contradicts --eval_only and --overwrite_output_dir."
     if args.merge_lora and (args.eval_only or not args.use_lora):
         yield "--merge_lora needs --use_lora or --use_qlora, and a training."
+    keeps_best = args.others.get("load_best_model_at_end")
+    if args.early_stopping_patience and not (keeps_best and args.eval_steps):
+        yield "--early_stopping_patience needs --eval_steps and --load_best_model_at_end."
+    if keeps_best and "metric_for_best_model" not in args.others:
+        yield "--load_best_model_at_end needs --metric_for_best_model, one that is evaluated."
     pushes, when = args.others.get("push_to_hub"), args.others.get("hub_strategy", "end")
     if pushes and (args.eval_only or when != "end"):
         yield "--push_to_hub needs a training, at whose end it pushes: --hub_strategy can be end."

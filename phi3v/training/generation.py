@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, TrainingArguments
 from ..data.collators import GenerationCollator
 from ..distributed import any_rank
 from ..errors import RunError
+from ..model.modeling_phi3_v import CACHE
 from ..model.processing_phi3_v import Phi3VProcessor
 from .attention import attending_to_padding
 
@@ -121,7 +122,7 @@ def _answer(
     """Of each prompt the text that follows, and the first choice's share of the two."""
     # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
     output = model.generate(
-        **batch, past_key_values=_Cache(), generation_config=config, synced_gpus=False
+        **batch, **{CACHE: _Cache()}, generation_config=config, synced_gpus=False
     )
     texts = processor.batch_decode(
         output.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
