@@ -222,11 +222,7 @@ def load_model(
                 module.support_avx512bf16_for_cpu = False
     if args.use_liger:
         use_fused_kernels(model)
-    if args.freeze_vision_model:
-        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
-        model.model.vision_embed_tokens.requires_grad_(False)
-    if args.use_lora:
-        model = add_adapters(model, lora)
+    model = freeze_and_adapt(model, args, lora)
     if args.torch_compile:
         compile_layers(model)
     # A shard of ZeRO-3 says in ds_numel how large the whole is.
@@ -235,6 +231,16 @@ def load_model(
         raise RunError("no parameter is left to train. Drop one of the flags that freeze.")
     print_first(f"{trained:,} trained parameters")
     return model
+
+
+def freeze_and_adapt(
+    model: Phi3VForCausalLM, args: argparse.Namespace, lora: LoraConfig | None
+) -> Phi3VForCausalLM | PeftModel:
+    """What is trained of `model`, by the flags."""
+    if args.freeze_vision_model:
+        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
+        model.model.vision_embed_tokens.requires_grad_(False)
+    return add_adapters(model, lora) if args.use_lora else model
 
 
 def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
