@@ -251,7 +251,7 @@ class _Live(TorchDispatchMode):
         self.parts: dict[int, str] = {}  # by the storage's address
         for tensor in (*model.parameters(), *model.buffers()):
             self.add(tensor, "weights")
-        self.live["weights"] = 0  # counted apart
+        self.live, self.peak = Counter(), Counter()  # weights are counted apart
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         output = operator(*args, **(kwargs or {}))
