@@ -21,7 +21,7 @@ from benchmarks.models import SIZES, save_random
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 from benchmarks.training_step import LABELS, make_batch
 from phi3v import Phi3VForCausalLM
-from phi3v.training.generation import row_by_row
+from phi3v.training.attention import attending_to_padding
 
 
 def make_prompts(config, count: int, device: str, dtype: torch.dtype) -> list[dict]:
@@ -101,7 +101,7 @@ def main():
 
     def measure(name: str) -> float:
         # As the recipes evaluate.
-        with row_by_row(models[name]) if name == "ours" else contextlib.nullcontext():
+        with attending_to_padding(models[name]) if name == "ours" else contextlib.nullcontext():
             seconds, answers[name] = generate(models[name], given[name], args.new_tokens)
         return seconds
 

@@ -67,10 +67,31 @@ def test_padding_is_on_the_right(demo_processor):
 def test_logits_are_kept_where_the_next_token_has_a_label(demo_processor, packed):
     """Every label but a row's first comes once, at the position before it."""
     batch = TrainingCollator(demo_processor)([RECORDS] if packed else RECORDS)
-    kept, labels = batch["logits_to_keep"], batch["labels"]
-    assert kept.dtype == torch.bool and kept.shape == labels.shape and not kept[:, -1].any()
+    (rows, positions), labels = batch["logits_to_keep"], batch["labels"]
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    kept[rows, positions] = True
+    assert len(rows) == kept.sum() and not kept[:, -1].any()
     assert torch.equal(kept[:, :-1], labels[:, 1:] != -100)
     assert torch.equal(batch["shift_labels"], labels[labels != -100])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_the_model_need_not_ask_the_device_for(demo_processor, packed):
+    """Where images stand, their sizes, and of a packed row where its samples begin."""
+    records = [RECORDS] if packed else RECORDS
+    batch = TrainingCollator(demo_processor, for_trainer=True)(records)
+    alone = TrainingCollator(demo_processor)(records)
+    assert batch["image_sizes"] == alone["image_sizes"].tolist()
+    is_image = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+    is_image[batch["image_positions"]] = True
+    assert torch.equal(
+        is_image.view_as(batch["input_ids"]), batch["input_ids"] == demo_processor.image_token_id
+    )
+    if packed:
+        assert batch["cu_seq_lens_q"].diff().tolist() == batch["lengths"]
+        assert batch["max_length_q"] == max(batch["lengths"])
+        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
+        assert batch["cu_seq_lens_k"][:-1].tolist() == starts.tolist()
 
 
 def test_training_continues_the_generation_prompt(demo_processor):

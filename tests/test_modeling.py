@@ -502,7 +502,7 @@ def test_padded_crops_are_not_encoded(tiny_checkpoint):
 
 def test_logits_where_they_are_asked_for(tiny_checkpoint):
     """
-    With labels, training and evaluation give all logits; of a mask's positions, the same logits,
+    With labels, training and evaluation give all logits; of given positions, the same logits,
     loss and gradients, and the head computes no others.
     """
     model = load(tiny_checkpoint).train()
@@ -518,7 +518,7 @@ def test_logits_where_they_are_asked_for(tiny_checkpoint):
         model.zero_grad()
     (full, grad), (kept, kept_grad) = found
     assert seen == [3, 7] and full.logits.shape[:2] == labels.shape
-    expected = full.logits[at_labels(labels)["logits_to_keep"]]
+    expected = full.logits[tuple(at_labels(labels)["logits_to_keep"])]
     torch.testing.assert_close(kept.logits, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(kept.loss, full.loss, rtol=0, atol=1e-5)
     torch.testing.assert_close(kept_grad, grad, rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
+from helpers.forward_cases import at_labels
 from phi3v import Phi3VConfig
 from phi3v.training.flops import peak_flops, training_flops
 from phi3v.training.loading import quantization_config
@@ -17,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 BATCH = {
     "lengths": [4, 2],
-    "labels": torch.tensor([[7, -100, 7, 7], [-100, 7, -100, -100]]),
-    "image_sizes": torch.tensor([[28, 84], [56, 56], [0, 0]]),
+    "shift_labels": torch.tensor([7, 7, 7]),
+    "image_sizes": [[28, 84], [56, 56], [0, 0]],
 }
 COUNTS = {
     "samples": 2,
@@ -35,21 +36,15 @@ COUNTS = {
 
 def test_counts():
     """
-    The first label, a blank image and an image's own padding to the batch's crops do not count. Of
-    a blank image the tower sees the global crop.
+    A blank image and an image's own padding to the batch's crops do not count. Of a blank image the
+    tower sees the global crop.
     """
     assert count_batch(BATCH, crop_size=28) == COUNTS
 
 
-def test_counts_of_a_packed_row():
-    """Samples that share a row are counted like the same samples in rows of their own."""
-    packed = {**BATCH, "labels": torch.tensor([[-100, -100, 7, 7, -100, 7]])}
-    assert count_batch(packed, crop_size=28) == COUNTS
-
-
 def test_counts_without_images():
     """A batch of texts alone sees no crop."""
-    numbers = count_batch({"lengths": [3], "labels": torch.ones(1, 3)}, 28)
+    numbers = count_batch({"lengths": [3], "shift_labels": torch.ones(2)}, 28)
     assert (numbers["images"], numbers["crops"], numbers["pairs"]) == (0, 0, 6)
 
 
@@ -90,14 +85,11 @@ def test_flops_are_those_that_pytorch_counts(demo_checkpoint, trained):
     ids = torch.full((1, length + 40), 9)
     ids[:, :length] = image_token
     labels = ids.where(ids != image_token, -100)
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     batch = {
         "input_ids": ids,
-        "labels": labels,
-        "logits_to_keep": shifted != -100,
-        "shift_labels": shifted[shifted != -100],
+        **at_labels(labels),
         "pixel_values": torch.zeros(1, 3, 3, vision.crop_size, vision.crop_size),
-        "image_sizes": torch.tensor([[vision.crop_size, 2 * vision.crop_size]]),
+        "image_sizes": [[vision.crop_size, 2 * vision.crop_size]],
     }
     with FlopCounterMode(display=False) as counter:
         loss = model(**batch, use_cache=False).loss

@@ -6,7 +6,7 @@ the last answer.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -30,15 +30,22 @@ class TrainingCollator:
     Args:
         blank_image: give a batch without images one of size 0 x 0, which takes no tokens: for
             several processes that train together, see `Phi3VImageEmbedding`.
-        for_trainer: add `ids` and `lengths`, which have to be taken out before the model is called.
+        for_trainer: add `ids` and `lengths`, which have to be taken out before the model is called,
+            and let the model know what it would ask the device for: `image_sizes` is a list, and
+            `image_positions` says where images stand.
 
     Returns of each call:
         `input_ids`, `labels`: (b, s). Labels are the ids of every assistant turn, its end included,
             and -100 elsewhere.
-        `logits_to_keep`, `shift_labels`: (b, s) bool, where the next token has a label, and these
-            labels, (labels,). With them the model computes its logits there alone.
+        `logits_to_keep`, `shift_labels`: (2, labels), the rows and positions where the next token
+            has a label, and these labels, (labels,). With them the model computes its logits there
+            alone.
         `pixel_values`: (n, num_crops + 1, 3, 336, 336) and `image_sizes`: (n, 2) of all records'
             images, if there are any.
+        `cu_seq_lens_q`, `cu_seq_lens_k`: (records + 1,) int32, of a packed row: where each record
+            begins, and the end of the last; `max_length_q`, `max_length_k`: the longest, an int.
+            These are the names that transformers gives to flash attention.
+        `image_positions`: (tokens of all images,), where they stand in the flattened `input_ids`.
         `ids`, `lengths`: lists of the records' ids and of their numbers of tokens, padding
             excluded, in their order.
     """
@@ -73,18 +80,26 @@ class TrainingCollator:
         if packed:
             batch = {"input_ids": _join(ids), "labels": _join(labels)}
             batch["position_ids"] = _join([range(len(row)) for row in ids])
+            starts = torch.tensor([0, *accumulate(map(len, ids))], dtype=torch.int32)
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = starts
+            batch["max_length_q"] = batch["max_length_k"] = max(map(len, ids))
         else:
             batch = {
                 "input_ids": _pad(ids, self.processor.tokenizer.pad_token_id, "right"),
                 "labels": _pad(labels, IGNORED, "right"),
             }
-        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        batch["logits_to_keep"] = shifted != IGNORED
-        batch["shift_labels"] = shifted[batch["logits_to_keep"]]
+        rows, positions = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        batch["logits_to_keep"] = torch.stack([rows, positions])
+        batch["shift_labels"] = batch["labels"][rows, positions + 1]
+        batch |= image_inputs
         if self.for_trainer:
             batch["ids"] = [record["id"] for record in records]
             batch["lengths"] = [len(row) for row in ids]
-        return {**batch, **image_inputs}
+            is_image = batch["input_ids"].flatten() == self.processor.image_token_id
+            batch["image_positions"] = is_image.nonzero()[:, 0]
+            if "image_sizes" in batch:
+                batch["image_sizes"] = batch["image_sizes"].tolist()
+        return batch
 
     def _earlier_answers(self, prompt: list[int]) -> list[int]:
         """Labels of a prompt: what stands between <|assistant|> and the next <|user|>."""

@@ -151,7 +151,7 @@ class Phi3VImageEmbedding(nn.Module):
         # for fewer of them.
         separators = torch.stack([self.glb_GN.flatten(), self.sub_GN.flatten()])
         projected = self.img_projection(torch.cat([merged, separators.to(merged.dtype)]))
-        return projected[torch.cat(orders).to(projected.device)]
+        return projected[torch.cat(orders).to(projected.device, non_blocking=True)]
 
 
 @lru_cache(maxsize=512)
@@ -194,8 +194,7 @@ def assign_images(placeholders: list[int], image_tokens: list[int]) -> list[int]
     for row, wanted in enumerate(placeholders):
         first, found = used, 0
         while found < wanted and used < len(image_tokens):
-            found += image_tokens[used]
-            used += 1
+            found, used = found + image_tokens[used], used + 1
         if row == len(placeholders) - 1:
             found, used = found + sum(image_tokens[used:]), len(image_tokens)
         if found != wanted:
@@ -233,10 +232,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list
     ) -> torch.Tensor:
-        """
-        (n, k, 3, height, width) and (n, 2) to the embeddings of all images, one after the other:
-        (tokens, d).
-        """
+        """(n, k, 3, height, width), (n, 2) to the embeddings of all images in turn, (tokens, d)."""
         embedding = self.vision_embed_tokens
         # Transformers' gradient checkpointing makes CLIP's first output require gradients, even of
         # a frozen CLIP. What nothing learns from needs no graph.
@@ -250,9 +246,7 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         """
         return (input_ids == self.config.image_token_id) | (input_ids < 0)
 
-    def images_per_row(
-        self, input_ids: torch.Tensor, image_sizes: torch.Tensor | list
-    ) -> list[int]:
+    def images_per_row(self, input_ids: torch.Tensor, image_sizes: torch.Tensor | list) -> list:
         """
         How many images each row of `input_ids` (b, s) holds.
 
@@ -260,9 +254,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
             ValueError: the images do not fill the placeholders of a row exactly.
         """
         embedding = self.vision_embed_tokens
-        image_tokens = [
-            embedding.count_tokens(*grid) for grid in embedding.count_crops(image_sizes)
-        ]
+        grids = embedding.count_crops(image_sizes)
+        image_tokens = [embedding.count_tokens(*grid) for grid in grids]
         return assign_images(self.image_placeholders(input_ids).sum(-1).tolist(), image_tokens)
 
     def embed(
@@ -270,14 +263,18 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor | list,
+        image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(b, s) ids with placeholders and the batch's images to (b, s, d)."""
-        self.images_per_row(input_ids, image_sizes)
+        """(b, s) ids with placeholders and the batch's images to (b, s, d), see `forward`."""
+        if image_positions is None:
+            self.images_per_row(input_ids, image_sizes)
+            image_positions = self.image_placeholders(input_ids).flatten().nonzero()[:, 0]
         inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
         image_features = self.get_image_features(pixel_values, image_sizes)
-        return inputs_embeds.masked_scatter(
-            self.image_placeholders(input_ids)[..., None], image_features.to(inputs_embeds.dtype)
-        )
+        # Unlike masked_scatter, index_copy never waits for the device, its gradient included.
+        tokens = inputs_embeds.flatten(0, 1)
+        tokens = tokens.index_copy(0, image_positions, image_features.to(tokens.dtype))
+        return tokens.view_as(inputs_embeds)
 
     def forward(
         self,
@@ -287,7 +284,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | list | None = None,
+        image_positions: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
@@ -300,6 +298,8 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                 token.
             pixel_values: (n, k, 3, height, width), the images of all rows one after the other.
             image_sizes: (n, 2), height and width of every image after the HD transform.
+            image_positions: (tokens of all images,), where they stand in the flattened `input_ids`.
+                With these, and `image_sizes` as a list, nothing is checked or asked of the device.
             cache: the same as `past_key_values`, see `CACHE`.
 
         Raises:
@@ -314,9 +314,9 @@ class Phi3VModel(Phi3VPreTrainedModel, Phi3Model):
                     "pixel_values need input_ids, whose placeholders say where the images stand, "
                     "and image_sizes, as the image processor returns it."
                 )
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes.tolist())
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, image_positions)
         elif inputs_embeds is None:
-            if cache is None or cache.get_seq_length() == 0:
+            if image_positions is None and (cache is None or cache.get_seq_length() == 0):
                 self.images_per_row(input_ids, [])
             inputs_embeds = self.embed_tokens(input_ids.clamp(min=0))
         return super().forward(
@@ -371,7 +371,7 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | list | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -385,13 +385,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             labels: (b, s), the id to predict at every position, -100 where there is none; shifted
                 inside.
             logits_to_keep: compute the logits of the last so many positions (0: of all), of these
-                positions, (kept,), or where a (b, s) bool mask is true. Labels then have to be
-                given as `shift_labels`, one for each logit that is kept.
+                positions, (kept,), or of these rows and positions, (2, kept). Labels then have to
+                be given as `shift_labels`, one for each logit that is kept.
             kwargs: for transformers' loss `num_items_in_batch` and `shift_labels`, the labels
-                already shifted; all else goes to the layers.
+                already shifted; `image_positions`; all else goes to the layers.
 
         Returns:
-            `logits` (b, s, vocab_size) in the model's dtype; of a mask (kept, vocab_size).
+            `logits` (b, s, vocab_size) in the model's dtype; of (2, kept) (kept, vocab_size).
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -408,8 +408,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state  # (b, s, d)
         if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, slice(-logits_to_keep, None)]
-        elif logits_to_keep.dtype == torch.bool:
-            hidden_states = hidden_states[logits_to_keep]
+        elif logits_to_keep.ndim == 2:
+            hidden_states = hidden_states[tuple(logits_to_keep)]
         else:
             hidden_states = hidden_states[:, logits_to_keep]
         logits = self.lm_head(hidden_states)

@@ -8,19 +8,13 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    GenerationConfig,
-    TrainingArguments,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache, GenerationConfig, TrainingArguments
 
 from ..data.collators import GenerationCollator
 from ..distributed import any_rank
 from ..errors import RunError
 from ..model.processing_phi3_v import Phi3VProcessor
+from .attention import attending_to_padding
 
 
 @torch.no_grad()
@@ -53,18 +47,8 @@ def generate(
     sizes = [_size(record) for record in records]
     order = sorted(range(len(records)), key=sizes.__getitem__, reverse=True)
     mine = order[args.process_index :: args.world_size]
-    loader = DataLoader(
-        Subset(records, mine),
-        batch_size=args.per_device_eval_batch_size,
-        collate_fn=GenerationCollator(processor),
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.device.type == "cuda",
-        # A generator of its own: training goes on with the random state that it had.
-        generator=torch.Generator(),
-    )
     model.eval()  # the Trainer turns it back before every step
-    texts, probabilities = [], []
-    choice_ids = _first_tokens(processor, choices) if choices else None
+    found: list[tuple[str, float | None]] = []
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -76,31 +60,76 @@ def generate(
         return_dict_in_generate=True,
         output_logits=choices is not None,
     )
+    choice_ids = _first_tokens(processor, choices) if choices else None
     hidden = args.disable_tqdm or args.process_index != 0
     with (
         _instead_of_its_own(greedy, model),
-        row_by_row(model),
+        attending_to_padding(model),
         tqdm(total=len(records), desc=desc, unit="sample", disable=hidden) as progress,
     ):
-        for batch in loader:
-            if stop():
-                break
-            batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-            # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
-            output = model.generate(**batch, generation_config=greedy, synced_gpus=False)
-            answers = output.sequences[:, batch["input_ids"].shape[1] :]
-            texts += processor.batch_decode(answers, skip_special_tokens=True)
-            if choices:
-                logits = output.logits[0][:, choice_ids].float()
-                probabilities += logits.softmax(-1)[:, 0].tolist()
-            progress.update(min(len(answers) * args.world_size, len(records) - progress.n))
-    if any_rank(len(texts) < len(mine), args.device):
+        while len(found) < len(mine) and not stop():
+            try:
+                for batch in _batches(Subset(records, mine[len(found) :]), processor, args):
+                    if stop():
+                        break
+                    answers = _answer(model, processor, batch, greedy, choice_ids)
+                    found += answers
+                    progress.update(min(len(answers) * args.world_size, len(records) - progress.n))
+            except torch.OutOfMemoryError:
+                if args.per_device_eval_batch_size == 1:
+                    raise
+                args.per_device_eval_batch_size //= 2
+            if len(found) < len(mine) and not stop():
+                torch.cuda.empty_cache()
+                print(
+                    "Out of memory in evaluation: it goes on with --eval_batch_size_per_gpu "
+                    f"{args.per_device_eval_batch_size}.",
+                    flush=True,
+                )
+    if any_rank(len(found) < len(mine), args.device):
         return None
-    answered = zip(mine, texts, probabilities or [None] * len(texts), strict=True)
-    answers = {index: (text, number) for index, text, number in gather_object(list(answered))}
+    answers = dict(gather_object(list(zip(mine, found, strict=True))))
     if answers.keys() != set(range(len(records))):
         raise RuntimeError(f"{len(answers)} answers came back for {len(records)} samples.")
     return [answers[index] for index in range(len(records))]
+
+
+def _batches(
+    records: Sequence[dict], processor: Phi3VProcessor, args: TrainingArguments
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Prompts in batches, on the device."""
+    loader = DataLoader(
+        records,
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=GenerationCollator(processor),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.device.type == "cuda",
+        # A generator of its own: training goes on with the random state that it had.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _answer(
+    model: torch.nn.Module,
+    processor: Phi3VProcessor,
+    batch: dict[str, torch.Tensor],
+    config: GenerationConfig,
+    choice_ids: list[int] | None,
+) -> list[tuple[str, float | None]]:
+    """Of each prompt the text that follows, and the first choice's share of the two."""
+    # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
+    output = model.generate(
+        **batch, past_key_values=_Cache(), generation_config=config, synced_gpus=False
+    )
+    texts = processor.batch_decode(
+        output.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    if choice_ids is None:
+        return [(text, None) for text in texts]
+    probabilities = output.logits[0][:, choice_ids].float().softmax(-1)[:, 0].tolist()
+    return list(zip(texts, probabilities, strict=True))
 
 
 def _first_tokens(processor: Phi3VProcessor, choices: tuple[str, str]) -> list[int]:
@@ -121,46 +150,11 @@ def _size(record: dict) -> tuple[int, int]:
     return sum(len(turn["images"]) for turn in turns), sum(len(turn["user"]) for turn in turns)
 
 
-def attend_row_by_row(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """
-    Transformers' sdpa attention for prompts padded on the left: each row without its padding, which
-    then needs no mask, so the causal kernel computes half of the pairs.
+class _Cache(DynamicCache):
+    """Keys in the precision of values: RoPE makes float32 of them where weights are float32."""
 
-    `query`, `key` and `value` are (b, heads, s, head_dim), `attention_mask` (b, 1, s, s) bool.
-    """
-    if attention_mask is None or query.shape[2] != key.shape[2]:  # no padding, or a token to come
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    output = query.new_zeros(query.shape).transpose(1, 2)  # (b, s, heads, head_dim)
-    for row, length in enumerate(attention_mask[:, 0, -1].sum(-1).tolist()):
-        parts = (tensor[row : row + 1, :, -length:] for tensor in (query, key, value))
-        output[row, -length:] = sdpa_attention_forward(module, *parts, None, **kwargs)[0][0]
-    return output, None
-
-
-ROW_BY_ROW = "phi3v_row_by_row"
-AttentionInterface.register(ROW_BY_ROW, attend_row_by_row)
-AttentionMaskInterface.register(ROW_BY_ROW, sdpa_mask)
-
-
-@contextlib.contextmanager
-def row_by_row(model: torch.nn.Module) -> Iterator[None]:
-    """Let the decoder attend by `attend_row_by_row` where it attends by sdpa."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.config._attn_implementation != "sdpa":
-        yield
-        return
-    base.set_attn_implementation(ROW_BY_ROW)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation("sdpa")
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
 
 
 @contextlib.contextmanager

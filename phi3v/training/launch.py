@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ..distributed import print_first, rank, world_size
 from ..errors import RunError, explain_failures, phase
+from .attention import SHOWN, choose_attention
 from .card import create_repository
 from .checkpoints import find_checkpoint
 
@@ -50,6 +51,10 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         if deepspeed:
             _prepare_deepspeed(on_gpu)
     _quieten(first, args.tqdm and first)
+    # Where it can, sdpa prefers cuDNN (torch 2.14, on Hopper and Blackwell), which builds a plan
+    # for every new length: of each batch, and of each token of an answer. Without it, sdpa's flash
+    # kernel is next.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     workers = args.dataloader_num_workers
     from_flags = {
         "output_dir": args.output_dir,
@@ -71,6 +76,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         "deepspeed": str(deepspeed) if deepspeed else None,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(TIMEOUT.total_seconds()),
+        # Out of pinned memory, while the device computes.
+        "accelerator_config": {"non_blocking": True},
         "dataloader_num_workers": (4 if on_gpu else 0) if workers is None else workers,
         "eval_strategy": "steps" if args.eval_steps else "no",
         "eval_steps": args.eval_steps,
@@ -91,7 +98,7 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         training_args = TrainingArguments(**(recipe | from_flags | args.others))
     print_first(
         f"{training_args.world_size} x {training_args.device.type}, {_precision(args, on_gpu)}, "
-        f"{'flash attention 2' if args.use_flash_attention else 'sdpa attention'}, "
+        f"{SHOWN[choose_attention(args)]}, "
         f"{'liger kernels, ' if args.use_liger else ''}"
         f"{'compiled layers, ' if args.torch_compile else ''}"
         f"{'DeepSpeed ' + deepspeed.stem if deepspeed else 'DDP'}, batches of "

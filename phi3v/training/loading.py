@@ -18,6 +18,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, GenerationConfig, TrainingArguments
@@ -30,6 +31,7 @@ from ..model.configuration_phi3_v import Phi3VConfig
 from ..model.image_processing_phi3_v import Phi3VImageProcessor
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.processing_phi3_v import Phi3VProcessor
+from .attention import choose_attention
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_FILES = (
@@ -210,7 +212,7 @@ def load_model(
         dtype=computed_in if mastered or args.use_lora else torch.float32,
         computed_in=computed_in,
         revision=args.model_revision,
-        attn_implementation="flash_attention_2" if args.use_flash_attention else "sdpa",
+        attn_implementation=choose_attention(args),
         **quantization,
     )
     if args.use_qlora and training_args.device.type == "cpu":
@@ -252,7 +254,14 @@ def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
     lora = copy.copy(lora)
     lora.exclude_modules = rf".*\.vision_embed_tokens\..*{'' if frozen else idle}\..*"
     commit = getattr(model.config, "_commit_hash", None)  # a new config has none
-    return get_peft_model(model, lora, revision=commit)
+    adapted = get_peft_model(model, lora, revision=commit)
+    if not lora.use_dora:  # DoRA takes the norm of the weights in the precision of its input
+        # PEFT would make float32 of what autocast makes 16 bits of again: the same numbers, at the
+        # cost of reading and writing every input of a layer twice.
+        for module in adapted.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False
+    return adapted
 
 
 def load_weights(

@@ -16,25 +16,24 @@ from .flops import peak_flops, training_flops
 COUNTED = ("samples", "tokens", "pairs", "labels", "images", "crops")
 
 
-def count_batch(batch: dict, crop_size: int) -> dict[str, int | torch.Tensor]:
+def count_batch(batch: dict, crop_size: int) -> dict[str, int]:
     """
-    `COUNTED` of a batch of `TrainingCollator`. Nothing here waits for the device: what is read from
-    tensors stays a tensor.
+    `COUNTED` of a batch of `TrainingCollator`. Nothing here waits for the device.
 
     Args:
-        batch: `lengths`, the tokens of every sample, also where several share a row; `labels`
-            (b, s); with images `image_sizes` (n, 2), where 0 x 0 is a blank one, of which only the
-            global crop is seen.
+        batch: `lengths`, the tokens of every sample, also where several share a row; `shift_labels`
+            (labels,); with images `image_sizes`, a list of (height, width), where 0 x 0 is a blank
+            one, of which only the global crop is seen.
         crop_size: pixels along a side.
     """
-    lengths, sizes = batch["lengths"], batch.get("image_sizes")
+    lengths, sizes = batch["lengths"], batch.get("image_sizes", [])
     return {
         "samples": len(lengths),
         "tokens": sum(lengths),
         "pairs": sum(length * (length + 1) // 2 for length in lengths),
-        "labels": (batch["labels"][:, 1:] != -100).sum(),
-        "images": 0 if sizes is None else (sizes.prod(-1) > 0).sum(),
-        "crops": 0 if sizes is None else (sizes // crop_size).prod(-1).sum() + len(sizes),
+        "labels": len(batch["shift_labels"]),
+        "images": sum(height > 0 for height, _ in sizes),
+        "crops": sum(height * width // crop_size**2 + 1 for height, width in sizes),
     }
 
 
@@ -75,7 +74,7 @@ class Meter:
     def count(self, batch: dict) -> None:
         """A micro-batch, see `count_batch`."""
         for name, number in count_batch(batch, self.crop_size).items():
-            self.counts[name] = self.counts[name] + number
+            self.counts[name] += number
 
     def step_done(self) -> None:
         """The step ends when the device has done its work."""
@@ -107,7 +106,7 @@ class Meter:
         return {f"train_{name}": rate for name, rate in rates.items()}, line
 
     def _begin_window(self) -> None:
-        self.counts: dict[str, int | torch.Tensor] = dict.fromkeys(COUNTED, 0)  # of this rank
+        self.counts = dict.fromkeys(COUNTED, 0)  # of this rank
         self.seconds = self.waited = 0.0
 
     def _collect(self) -> dict[str, float]:

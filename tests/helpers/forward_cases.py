@@ -35,9 +35,9 @@ def case_inputs(case: dict, key: str = "input_ids_rle") -> dict:
 
 def at_labels(labels: torch.Tensor) -> dict:
     """What asks for logits and loss at (b, s) labels alone, as `TrainingCollator` does."""
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    kept = shifted != -100
-    return {"labels": labels, "logits_to_keep": kept, "shift_labels": shifted[kept]}
+    rows, positions = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    kept = torch.stack([rows, positions])
+    return {"labels": labels, "logits_to_keep": kept, "shift_labels": labels[rows, positions + 1]}
 
 
 def check_outputs(model: Phi3VForCausalLM, inputs: dict, case: dict, name: str) -> None:
