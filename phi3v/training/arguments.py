@@ -103,7 +103,8 @@ class RecipeParser(argparse.ArgumentParser):
         found.use_lora = any(kinds)
         found.bf16 = found.bf16 or found.use_flash_attention
         try:
-            problem = next(_problems(found), None)
+            # A plan may be of other GPUs than this machine's.
+            problem = None if found.plan else next(_problems(found), None)
         except ValueError as error:  # of WORLD_SIZE and its like
             problem = f"the environment is not what torchrun sets: {error}"
         if problem:
@@ -212,6 +213,14 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "output folder",
     )
 
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="GPUS",
+        help="print what the run will be, its memory, hours and disk space, and leave: on the GPUs "
+        'that are there, or on those named, like "8 x A100-80GB"',
+    )
     group = parser.add_argument_group("training")
     group.add_argument(
         "--output_dir",
@@ -317,7 +326,10 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
 
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--eval_batch_size_per_gpu", type=COUNT, default=8, help="prompts generated at a time"
+        "--eval_batch_size_per_gpu",
+        type=COUNT,
+        default=8,
+        help="most prompts generated at a time; fewer where the longest do not fit the GPU",
     )
     group.add_argument(
         "--eval_only", action="store_true", help="evaluate the model into eval_before.json and stop"

@@ -75,6 +75,12 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
     return processor
 
 
+def load_config(args: argparse.Namespace) -> Phi3VConfig:
+    """The config of --model_name_or_path. Weights need not be there."""
+    folder = _model_folder(args.model_name_or_path, ["*.json"], args.model_revision)
+    return _load_config(f"--model_name_or_path {args.model_name_or_path}", folder)
+
+
 def _model_folder(name: str, patterns: list[str], revision: str | None) -> Path:
     """The local folder `name`; of a hub id, its copy in the cache, with files like `patterns`."""
     flag = f"--model_name_or_path {name}"

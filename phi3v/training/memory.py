@@ -21,6 +21,8 @@ from transformers import TrainingArguments
 
 from ..model.configuration_phi3_v import Phi3VConfig
 from ..model.modeling_phi3_v import CACHE, Phi3VForCausalLM, token_order
+from .attention import SDPA, packed_mask
+from .generation import _Cache
 from .loading import freeze_and_adapt
 
 # Bytes a weight: 4 bits, and a float32 scale for every 64 of them (bitsandbytes' NF4).
@@ -75,10 +77,11 @@ class FakeRun:
         setup: Setup,
     ):
         self.setup, self.training_args, self.fake = setup, training_args, FakeTensorMode()
+        self.flash = args.use_flash_attention
         mastered = setup.zero is not None or args.use_lora
         dtype = setup.computed_in if mastered else torch.float32
         with torch.device("meta"):
-            model = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=SDPA)
             self.model = freeze_and_adapt(model, args, lora)
         with self.fake:
             _to_fakes(self.model)
@@ -162,6 +165,8 @@ class FakeRun:
                 for parameter in self.learned:
                     parameter.grad = torch.empty_like(parameter)
                     live.rename(parameter.grad, "gradients")
+            if "cu_seq_lens_q" in batch and not self.flash:
+                batch["attention_mask"] = packed_mask(batch["position_ids"])
             model(**batch, use_cache=False).loss.backward()
             for hook in hooks:
                 hook.remove()
@@ -186,12 +191,10 @@ class FakeRun:
         model = self.model.eval()
         batch = {name: value for name, value in batch.items() if name != "attention_mask"}
         with self._counting(batch) as (live, batch):
-            rows, length = batch["input_ids"].shape
-            mask = torch.empty(rows, length, length, dtype=torch.bool)  # of prompts with padding
-            once = {"use_cache": True, "logits_to_keep": 1}
-            cache = model(**batch, **once)[CACHE]
-            model(input_ids=batch["input_ids"][:, -1:], **{CACHE: cache}, **once)
-            del cache, mask
+            cached = {CACHE: _Cache(), "use_cache": True, "logits_to_keep": 1}
+            model(**batch, **cached)
+            model(input_ids=batch["input_ids"][:, -1:], **cached)
+            del cached
         shard = self.weights / self.setup.gpus if (self.setup.zero or {}).get("stage") == 3 else 0
         activations = live.peak["activations"] + self.unpacked
         return Memory(
