@@ -24,8 +24,8 @@ PEAK_FLOPS = {
     ("RTX", "4090"): 165.2e12,
     ("RTX", "3090"): 71e12,
 }
-# GB, where a name says no size; the smaller of two.
-MEMORY = {
+# A GPU's memory where its name says no size; of two that there are, the smaller.
+GIGABYTES = {
     ("B200",): 180,
     ("H200",): 141,
     ("H100",): 80,

@@ -1,8 +1,8 @@
 """
 What a run needs of a GPU's memory, counted before it starts.
 
-The model, its backward pass and its cache run on fake tensors (torch's FakeTensorMode): they have
-shapes and lifetimes, and no values. What the libraries add to that is arithmetic from their source.
+The model, its backward pass and its cache run on fake tensors (torch's FakeTensorMode), which have
+shapes and lifetimes, and no values. What libraries add to that is arithmetic from their source.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from .attention import SDPA, packed_mask
 from .generation import _Cache
 from .loading import freeze_and_adapt
 
-# Bytes a weight: 4 bits, and a float32 scale for every 64 of them (bitsandbytes' NF4).
-FOUR_BIT = 0.5 + 4 / 64
+FOUR_BIT = 0.5 + 4 / 64  # bytes a weight in NF4: each 64 have a float32 scale
+EIGHT_BIT = 2 + 2 * 4 / 256  # bytes of 8-bit AdamW: two moments, whose scales are for 256 each
 
 
 class Memory(NamedTuple):
-    """Bytes on one GPU at one moment, by part. Activations include a batch and the cache."""
+    """Bytes on one GPU at one moment. Activations include the batch and the cache."""
 
     weights: int = 0
     gradients: int = 0
@@ -44,28 +44,22 @@ class Memory(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """
-    How a run computes.
-
-    Args:
-        computed_in: float32, or what autocast or DeepSpeed computes in.
-        zero: `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
-    """
+    """How a run computes. `zero` is `zero_optimization` of DeepSpeed's config, None without it."""
 
     gpus: int
     accumulation: int
+    on_gpu: bool
     computed_in: torch.dtype
     zero: dict | None
 
 
 class FakeRun:
     """
-    A run's model, and what training and evaluation with it hold at their peaks.
+    A run's model, and what training and evaluation with it hold when they hold most.
 
-    It is counted on fake CPU tensors whatever the device: without a GPU, autograd does not take
-    fake CUDA tensors (torch 2.14, "hasPrimaryContext expects a valid device index"). Attention is
-    sdpa's flash kernel there, which keeps what the kernels of GPUs keep: its output, and one number
-    a query and head.
+    Everything is counted on fake CPU tensors, because without a GPU autograd refuses fake CUDA
+    tensors (torch 2.14, "hasPrimaryContext expects a valid device index"). Attention keeps there
+    what flash kernels keep on GPUs: its output, and one number a query and head.
     """
 
     def __init__(
@@ -76,104 +70,108 @@ class FakeRun:
         lora: LoraConfig | None,
         setup: Setup,
     ):
-        self.setup, self.training_args, self.fake = setup, training_args, FakeTensorMode()
-        self.flash = args.use_flash_attention
+        self.setup, self.args, self.training_args = setup, args, training_args
+        self.zero, self.fake = setup.zero or {}, FakeTensorMode()
+        low = setup.computed_in != torch.float32 and setup.zero is None
+        self.autocast = torch.autocast("cpu", setup.computed_in if low else None, enabled=low)
         mastered = setup.zero is not None or args.use_lora
         dtype = setup.computed_in if mastered else torch.float32
         with torch.device("meta"):
-            model = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=SDPA)
-            self.model = freeze_and_adapt(model, args, lora)
+            base = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=SDPA)
+            self.model = freeze_and_adapt(base, args, lora)
+        # Not fakes from the start: PEFT moves adapters ("Couldn't swap Linear.weight", torch 2.14).
         with self.fake:
-            _to_fakes(self.model)
-        parameters = list(self.model.parameters())
-        self.parameters = sum(p.numel() for p in parameters)
-        self.learned = [p for p in parameters if p.requires_grad]
+            for module in self.model.modules():
+                for name, value in module.named_parameters(recurse=False):
+                    new = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    setattr(module, name, torch.nn.Parameter(new, value.requires_grad))
+                for name, value in module.named_buffers(recurse=False):
+                    setattr(module, name, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
+                if setup.on_gpu and low and isinstance(module, torch.nn.LayerNorm):
+                    # So does CUDA's autocast, and the CPU's does not.
+                    module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        self.learned = [p for p in self.model.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in self.learned)
-        self.weights = sum(p.nbytes for p in parameters)
-        self.unpacked = 0
+        self.weights, self.unpacked = sum(p.nbytes for p in self.model.parameters()), 0
         if args.use_qlora:
-            packed = [p for p in model.model.layers.parameters() if p.ndim == 2 and not p.requires_grad]
+            packed = [p for p in base.model.layers.parameters() if p.ndim == 2]
+            packed = [p for p in packed if not p.requires_grad]
             self.weights -= sum(int(p.nbytes - FOUR_BIT * p.numel()) for p in packed)
-            self.unpacked = max(p.nbytes for p in packed)  # the layer that computes
+            self.unpacked = max(p.nbytes for p in packed)  # of the layer that computes
 
     # ---- Arithmetic
 
     def optimizer(self) -> int:
-        """
-        Bytes of the optimizer's state, and of DeepSpeed's float32 weights. AdamW has two float32
-        numbers a weight; in 8 bits, two bytes and a float32 scale for each 256 of either. Of other
-        optimizers, this is the most.
-        """
-        zero, eight_bit = self.setup.zero, "8bit" in self.training_args.optim
-        state = 2 + 2 * 4 / 256 if eight_bit else 8
-        if zero is None:
+        """AdamW's state and DeepSpeed's float32 weights, in bytes; of other optimizers, the most."""
+        eight_bit = "8bit" in self.training_args.optim
+        state = EIGHT_BIT if eight_bit else 8
+        if self.setup.zero is None:
             # The Trainer leaves embeddings in 32 bits.
             embedding = self.model.get_input_embeddings().weight
             whole = embedding.numel() if eight_bit and embedding.requires_grad else 0
-            return int(state * self.trained + 6 * whole)
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-            return 0
-        return int((4 + state) * self.trained / self.setup.gpus)
+            return int(state * self.trained + (8 - state) * whole)
+        return (
+            0 if self._offloads("optimizer") else int((4 + state) * self.trained / self.setup.gpus)
+        )
 
-    def held_weights(self) -> int:
-        """Bytes in training. ZeRO-3 has a shard, and as much as it may gather."""
-        zero = self.setup.zero or {}
-        if zero.get("stage") != 3:
+    def held_weights(self, whole: bool = False) -> int:
+        """Bytes of the weights. ZeRO-3 has a shard, and what is gathered, at times all."""
+        if self.zero.get("stage") != 3:
             return self.weights
-        size = self.setup.computed_in.itemsize
-        gathered = min(self.weights, size * _number(zero, "stage3_max_live_parameters", 1e9))
-        offloaded = zero.get("offload_param", {}).get("device", "none") != "none"
-        return int(gathered + (0 if offloaded else self.weights / self.setup.gpus))
+        live = self._number("stage3_max_live_parameters", 1e9) * self.setup.computed_in.itemsize
+        shard = 0 if self._offloads("param") else self.weights / self.setup.gpus
+        return int(shard + (self.weights if whole else min(self.weights, live)))
 
-    def buffers(self) -> tuple[int, int]:
+    def gradients(self) -> tuple[int, int]:
         """
-        Bytes of gradients that autograd does not hold itself: in a backward pass, and at the step.
+        Bytes of gradients that autograd does not hold: in a backward pass, and all at the step.
 
         Of DeepSpeed 0.19.8's stage_1_and_2.py: two buckets; the rank's partition of this pass and,
-        with accumulation, that of the ones before it. The step has this partition, flattens it
-        into a second one, and that one into float32. DDP's buckets hold every gradient once more.
+        with accumulation, that of those before it. The step flattens this partition into a second
+        one, and that into float32. DDP's buckets hold every gradient once more.
         """
-        zero, gpus = self.setup.zero, self.setup.gpus
-        whole = sum(p.nbytes for p in self.learned)
-        if zero is None:
+        gpus, whole = self.setup.gpus, sum(p.nbytes for p in self.learned)
+        if self.setup.zero is None:
             buckets = whole if gpus > 1 else 0
             return buckets, whole + buckets
-        size = self.setup.computed_in.itemsize
-        offloaded = self.optimizer() == 0
-        buckets = size * _number(zero, "reduce_bucket_size", 5e8) * (1 + zero.get("overlap_comm", False))
-        part = 0 if offloaded else whole / gpus
-        masters = 0 if offloaded else 4 * self.trained / gpus
-        return int(buckets + part * (1 + (self.setup.accumulation > 1))), int(2 * part + masters)
+        bucket = self._number("reduce_bucket_size", 5e8) * self.setup.computed_in.itemsize
+        buckets = int(bucket) * (2 if self.zero.get("overlap_comm") else 1)
+        if self._offloads("optimizer"):
+            return buckets, 0
+        partitions = 2 if self.setup.accumulation > 1 else 1
+        at_step = 2 * whole + 4 * self.trained
+        return int(buckets + partitions * whole / gpus), int(at_step / gpus)
+
+    def _number(self, name: str, otherwise: float) -> float:
+        value = self.zero.get(name, "auto")
+        return otherwise if value == "auto" else float(value)
+
+    def _offloads(self, what: str) -> bool:
+        return self.zero.get(f"offload_{what}", {}).get("device", "none") != "none"
 
     # ---- Fake runs
 
     def training(self, batch: dict) -> Memory:
-        """The peak of a micro-batch of `TrainingCollator`, or of the step after it."""
-        partitioned = (self.setup.zero or {}).get("stage", 0) >= 2
-        model, checkpointing = self.model.train(), self.training_args.gradient_checkpointing
-        if checkpointing:
+        """The most that a micro-batch of `TrainingCollator` takes, or the step after it."""
+        model, partitioned = self.model.train(), self.zero.get("stage", 0) >= 2
+        if self.training_args.gradient_checkpointing:
             model.gradient_checkpointing_enable(self.training_args.gradient_checkpointing_kwargs)
-        with self._counting(batch) as (live, batch):
+        with self._counted(batch) as (live, batch):
 
             def keep(parameter: torch.Tensor) -> None:
                 live.rename(parameter.grad, "gradients")
-                if partitioned:  # it is copied into a bucket, see `buffers`
+                if partitioned:  # it goes into a bucket, see `gradients`
                     parameter.grad = None
 
-            hooks = [p.register_post_accumulate_grad_hook(keep) for p in self.learned]
-            if self.setup.accumulation > 1 and not partitioned:
-                for parameter in self.learned:
+            for parameter in self.learned:
+                if self.setup.accumulation > 1 and not partitioned:
                     parameter.grad = torch.empty_like(parameter)
                     live.rename(parameter.grad, "gradients")
-            if "cu_seq_lens_q" in batch and not self.flash:
+                parameter.register_post_accumulate_grad_hook(keep)
+            if "cu_seq_lens_q" in batch and not self.args.use_flash_attention:
                 batch["attention_mask"] = packed_mask(batch["position_ids"])
             model(**batch, use_cache=False).loss.backward()
-            for hook in hooks:
-                hook.remove()
-            model.zero_grad()
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        in_backward, at_step = self.buffers()
+        in_backward, at_step = self.gradients()
         held = Memory(weights=self.held_weights(), optimizer=self.optimizer())
         backward = held._replace(
             gradients=live.peak["gradients"] + in_backward,
@@ -185,95 +183,73 @@ class FakeRun:
     @torch.no_grad()
     def evaluation(self, batch: dict) -> Memory:
         """
-        The peak of prompts of `GenerationCollator`: all of them, and one token after them. Beside
-        them lies what training has left, the optimizer.
+        The most that prompts of `GenerationCollator` and one token after them take, beside the
+        optimizer that training left.
         """
-        model = self.model.eval()
         batch = {name: value for name, value in batch.items() if name != "attention_mask"}
-        with self._counting(batch) as (live, batch):
-            cached = {CACHE: _Cache(), "use_cache": True, "logits_to_keep": 1}
+        is_image = batch["input_ids"].flatten() == self.model.config.image_token_id
+        batch["image_positions"] = is_image.nonzero()[:, 0]
+        if "image_sizes" in batch:
+            batch["image_sizes"] = batch["image_sizes"].tolist()
+        model, cached = self.model.eval(), {"use_cache": True, "logits_to_keep": 1}
+        with self._counted(batch) as (live, batch):
+            cached[CACHE] = _Cache()
             model(**batch, **cached)
             model(input_ids=batch["input_ids"][:, -1:], **cached)
-            del cached
-        shard = self.weights / self.setup.gpus if (self.setup.zero or {}).get("stage") == 3 else 0
-        activations = live.peak["activations"] + self.unpacked
         return Memory(
-            int(self.weights + shard), 0, self.optimizer(), activations, live.peak["logits"]
+            weights=self.held_weights(whole=True),
+            optimizer=self.optimizer(),
+            activations=live.peak["activations"] + self.unpacked,
+            logits=live.peak["logits"],
         )
 
     @contextlib.contextmanager
-    def _counting(self, batch: dict) -> Iterator[tuple["_Live", dict]]:
-        """Counts what is done to the batch, which it makes fake, under the run's autocast."""
-        if "pixel_values" in batch and "image_positions" not in batch:
-            is_image = batch["input_ids"].flatten() == self.model.config.image_token_id
-            batch = {**batch, "image_positions": is_image.nonzero().flatten()}
-        low = self.setup.computed_in if self.setup.computed_in != torch.float32 else None
-        autocast = torch.autocast("cpu", low, enabled=low is not None and self.setup.zero is None)
+    def _counted(self, batch: dict) -> Iterator[tuple["_Live", dict]]:
+        """What counts, and the batch on fakes. The model's cached tensors must not be of others."""
         live = _Live(self.model)
+        token_order.cache_clear()
         with self.fake, torch.device("cpu"):
-            batch = {
-                name: self.fake.from_tensor(value)
-                if isinstance(value, torch.Tensor)
-                else value
-                for name, value in batch.items()
-            }
-            for value in batch.values():
-                live.add(value)
-            token_order.cache_clear()
-            with live, autocast:
+            for name, value in batch.items():
+                if isinstance(value, torch.Tensor):
+                    batch[name] = self.fake.from_tensor(value)
+                    live.add(batch[name])
+            with live, self.autocast:
                 yield live, batch
-        token_order.cache_clear()  # it holds fakes
-
-
-def _to_fakes(model: torch.nn.Module) -> None:
-    """
-    Give a model of meta tensors fake ones of the CPU, in their shapes. It is not built of fakes,
-    because PEFT moves adapters, which fakes refuse (torch 2.14, "Couldn't swap Linear.weight").
-    """
-    for module in model.modules():
-        for name, value in module.named_parameters(recurse=False):
-            new = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-            setattr(module, name, torch.nn.Parameter(new, value.requires_grad))
-        for name, value in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
+        token_order.cache_clear()
 
 
 class _Live(TorchDispatchMode):
     """
-    Bytes of the tensors that live, by part, and as they were when they were most.
+    Bytes of the tensors that live, by part, beside the weights; in `peak`, when they were most.
 
-    torch's MemTracker does so too. It also keeps statistics of every module, and does not know
-    logits.
+    torch's MemTracker counts so too, with statistics of every module, and does not know logits.
     """
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.live: Counter = Counter()
-        self.peak: Counter = Counter()
+        self.live, self.peak = Counter(), Counter()
         self.vocab_size = model.config.vocab_size
-        self.parts: dict[int, str] = {}  # by the storage's address
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.add(tensor, "weights")
-        self.live, self.peak = Counter(), Counter()  # weights are counted apart
+        # By the storage's address.
+        tensors = (*model.parameters(), *model.buffers())
+        self.parts = {tensor.untyped_storage()._cdata: "weights" for tensor in tensors}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         output = operator(*args, **(kwargs or {}))
         for value in tree_iter(output):
-            self.add(value)
+            if isinstance(value, torch.Tensor):
+                self.add(value)
         return output
 
-    def add(self, tensor: object, part: str | None = None) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, for as long as it lives."""
-        if not isinstance(tensor, torch.Tensor):
-            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.parts:
             return
         is_logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size
-        self.parts[key] = part or ("logits" if is_logits else "activations")
-        weakref.finalize(storage, self._drop, key, size).atexit = False
+        self.parts[key] = "logits" if is_logits else "activations"
         self.live[self.parts[key]] += size
+        weakref.finalize(storage, self._drop, key, size).atexit = False
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
 
@@ -286,9 +262,3 @@ class _Live(TorchDispatchMode):
 
     def _drop(self, key: int, size: int) -> None:
         self.live[self.parts.pop(key)] -= size
-
-
-def _number(config: dict, name: str, otherwise: float) -> float:
-    """A number of DeepSpeed's config, which may be "auto"."""
-    value = config.get(name, otherwise)
-    return otherwise if value == "auto" else float(value)
