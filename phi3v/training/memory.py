@@ -38,10 +38,6 @@ class Memory(NamedTuple):
     activations: int = 0
     logits: int = 0
 
-    @property
-    def total(self) -> int:
-        return sum(self)
-
 
 class Setup(NamedTuple):
     """How a run computes. `zero` is `zero_optimization` of DeepSpeed's config, None without it."""
@@ -50,7 +46,7 @@ class Setup(NamedTuple):
     accumulation: int
     on_gpu: bool
     computed_in: torch.dtype
-    zero: dict | None
+    zero: dict | None = None
 
 
 class FakeRun:
@@ -71,10 +67,11 @@ class FakeRun:
         setup: Setup,
     ):
         self.setup, self.args, self.training_args = setup, args, training_args
-        self.zero, self.fake = setup.zero or {}, FakeTensorMode()
+        self.zero = {k: v for k, v in (setup.zero or {}).items() if v != "auto"}
+        self.fake = FakeTensorMode()
         low = setup.computed_in != torch.float32 and setup.zero is None
         self.autocast = torch.autocast("cpu", setup.computed_in if low else None, enabled=low)
-        mastered = setup.zero is not None or args.use_lora
+        mastered = setup.zero is not None or args.use_lora  # as in `load_model`
         dtype = setup.computed_in if mastered else torch.float32
         with torch.device("meta"):
             base = Phi3VForCausalLM._from_config(config, dtype=dtype, attn_implementation=SDPA)
@@ -94,15 +91,15 @@ class FakeRun:
         self.trained = sum(p.numel() for p in self.learned)
         self.weights, self.unpacked = sum(p.nbytes for p in self.model.parameters()), 0
         if args.use_qlora:
-            packed = [p for p in base.model.layers.parameters() if p.ndim == 2]
-            packed = [p for p in packed if not p.requires_grad]
+            linear = (p for p in base.model.layers.parameters() if p.ndim == 2)
+            packed = [p for p in linear if not p.requires_grad]
             self.weights -= sum(int(p.nbytes - FOUR_BIT * p.numel()) for p in packed)
             self.unpacked = max(p.nbytes for p in packed)  # of the layer that computes
 
     # ---- Arithmetic
 
     def optimizer(self) -> int:
-        """AdamW's state and DeepSpeed's float32 weights, in bytes; of other optimizers, the most."""
+        """Bytes of AdamW's state (others have no more) and of DeepSpeed's float32 weights."""
         eight_bit = "8bit" in self.training_args.optim
         state = EIGHT_BIT if eight_bit else 8
         if self.setup.zero is None:
@@ -114,13 +111,12 @@ class FakeRun:
             0 if self._offloads("optimizer") else int((4 + state) * self.trained / self.setup.gpus)
         )
 
-    def held_weights(self, whole: bool = False) -> int:
-        """Bytes of the weights. ZeRO-3 has a shard, and what is gathered, at times all."""
+    def held_weights(self, gathered: int) -> int:
+        """Bytes of the weights. ZeRO-3 has a shard, and of the whole as much as is gathered."""
         if self.zero.get("stage") != 3:
             return self.weights
-        live = self._number("stage3_max_live_parameters", 1e9) * self.setup.computed_in.itemsize
-        shard = 0 if self._offloads("param") else self.weights / self.setup.gpus
-        return int(shard + (self.weights if whole else min(self.weights, live)))
+        shard = 0 if self._offloads("param") else self.weights // self.setup.gpus
+        return shard + min(gathered, self.weights)
 
     def gradients(self) -> tuple[int, int]:
         """
@@ -134,17 +130,16 @@ class FakeRun:
         if self.setup.zero is None:
             buckets = whole if gpus > 1 else 0
             return buckets, whole + buckets
-        bucket = self._number("reduce_bucket_size", 5e8) * self.setup.computed_in.itemsize
-        buckets = int(bucket) * (2 if self.zero.get("overlap_comm") else 1)
+        count = 2 if self.zero.get("overlap_comm") else 1
+        buckets = count * self._elements("reduce_bucket_size", 5e8)
         if self._offloads("optimizer"):
             return buckets, 0
         partitions = 2 if self.setup.accumulation > 1 else 1
-        at_step = 2 * whole + 4 * self.trained
-        return int(buckets + partitions * whole / gpus), int(at_step / gpus)
+        return buckets + partitions * whole // gpus, (2 * whole + 4 * self.trained) // gpus
 
-    def _number(self, name: str, otherwise: float) -> float:
-        value = self.zero.get(name, "auto")
-        return otherwise if value == "auto" else float(value)
+    def _elements(self, name: str, otherwise: float) -> int:
+        """Bytes of as many numbers as DeepSpeed's config says."""
+        return int(self.zero.get(name, otherwise)) * self.setup.computed_in.itemsize
 
     def _offloads(self, what: str) -> bool:
         return self.zero.get(f"offload_{what}", {}).get("device", "none") != "none"
@@ -156,13 +151,14 @@ class FakeRun:
         model, partitioned = self.model.train(), self.zero.get("stage", 0) >= 2
         if self.training_args.gradient_checkpointing:
             model.gradient_checkpointing_enable(self.training_args.gradient_checkpointing_kwargs)
-        with self._counted(batch) as (live, batch):
+        live = _Live(self.model)
 
-            def keep(parameter: torch.Tensor) -> None:
-                live.rename(parameter.grad, "gradients")
-                if partitioned:  # it goes into a bucket, see `gradients`
-                    parameter.grad = None
+        def keep(parameter: torch.Tensor) -> None:
+            live.rename(parameter.grad, "gradients")
+            if partitioned:  # it goes into a bucket, see `gradients`
+                parameter.grad = None
 
+        with self._counting(live, batch) as batch:
             for parameter in self.learned:
                 if self.setup.accumulation > 1 and not partitioned:
                     parameter.grad = torch.empty_like(parameter)
@@ -172,13 +168,14 @@ class FakeRun:
                 batch["attention_mask"] = packed_mask(batch["position_ids"])
             model(**batch, use_cache=False).loss.backward()
         in_backward, at_step = self.gradients()
-        held = Memory(weights=self.held_weights(), optimizer=self.optimizer())
+        weights = self.held_weights(self._elements("stage3_max_live_parameters", 1e9))
+        held = Memory(weights, optimizer=self.optimizer())
         backward = held._replace(
             gradients=live.peak["gradients"] + in_backward,
             activations=live.peak["activations"] + self.unpacked,
             logits=live.peak["logits"],
         )
-        return max(backward, held._replace(gradients=at_step), key=lambda memory: memory.total)
+        return max(backward, held._replace(gradients=at_step), key=sum)
 
     @torch.no_grad()
     def evaluation(self, batch: dict) -> Memory:
@@ -192,29 +189,30 @@ class FakeRun:
         if "image_sizes" in batch:
             batch["image_sizes"] = batch["image_sizes"].tolist()
         model, cached = self.model.eval(), {"use_cache": True, "logits_to_keep": 1}
-        with self._counted(batch) as (live, batch):
+        live = _Live(self.model)
+        with self._counting(live, batch) as batch:
             cached[CACHE] = _Cache()
             model(**batch, **cached)
             model(input_ids=batch["input_ids"][:, -1:], **cached)
         return Memory(
-            weights=self.held_weights(whole=True),
+            weights=self.held_weights(self.weights),
             optimizer=self.optimizer(),
             activations=live.peak["activations"] + self.unpacked,
             logits=live.peak["logits"],
         )
 
     @contextlib.contextmanager
-    def _counted(self, batch: dict) -> Iterator[tuple["_Live", dict]]:
-        """What counts, and the batch on fakes. The model's cached tensors must not be of others."""
-        live = _Live(self.model)
+    def _counting(self, live: "_Live", batch: dict) -> Iterator[dict]:
+        """The batch on fakes, where `live` counts. The model caches tensors of its own."""
         token_order.cache_clear()
-        with self.fake, torch.device("cpu"):
-            for name, value in batch.items():
-                if isinstance(value, torch.Tensor):
-                    batch[name] = self.fake.from_tensor(value)
-                    live.add(batch[name])
-            with live, self.autocast:
-                yield live, batch
+        with self.fake, torch.device("cpu"), live, self.autocast:
+            fakes = {
+                name: self.fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            for value in tree_iter(fakes):
+                live.add(value)
+            yield fakes
         token_order.cache_clear()
 
 
@@ -236,12 +234,13 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         output = operator(*args, **(kwargs or {}))
         for value in tree_iter(output):
-            if isinstance(value, torch.Tensor):
-                self.add(value)
+            self.add(value)
         return output
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: object) -> None:
         """Count a tensor's storage, for as long as it lives."""
+        if not isinstance(tensor, torch.Tensor):
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.parts:

@@ -72,7 +72,6 @@ def plan_run(
 
     Raises:
         SystemExit: with --plan; the status is 0.
-        RunError: --plan names no GPU that is known, or --batch_size cannot be shared out.
     """
     machine = named_machine(args.plan) if args.plan else this_machine()
     if args.plan is None and not machine.on_gpu:
@@ -95,26 +94,17 @@ def plan_run(
     batch = TrainingCollator(processor, for_trainer=True)([longest] * args.batch_size_per_gpu)
     del batch["ids"], batch["lengths"]
     parts = {"training": run.training(batch), f"evaluation of {rows}": evaluation}
-    title = f"{machine.gpus} x {machine.name}, {str(setup.computed_in).removeprefix('torch.')}, "
-    title += f"{'DDP' if setup.zero is None else 'DeepSpeed ' + deepspeed_path(args).stem}, batches"
-    title += f" of {args.batch_size}: {args.batch_size_per_gpu} x {setup.accumulation} accumulated"
     lines = [
         *_about_data(samples, len(train_dataset), prompts, len(eval_dataset)),
         *_about_work(args, training_args, machine, run, samples, len(train_dataset)),
         *_about_memory(machine, parts),
-        _about_disk(args, training_args, run),
     ]
-    print_first("\n  ".join([f"Plan for {title}", *lines]))
+    print_first("\n  ".join([f"Plan for {machine.gpus} x {machine.name}", *lines]))
     raise SystemExit(0)
 
 
 def named_machine(text: str) -> Machine:
-    """
-    Of "8 x A100-80GB", "H200" or "2 x 24GB".
-
-    Raises:
-        RunError: it says neither a size nor a GPU that is known.
-    """
+    """Of "8 x A100-80GB", "H200" or "2 x 24GB". Raises RunError where no size is known."""
     count, name = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", text.strip(), re.IGNORECASE).groups()
     size = re.search(r"(\d+)\s*GB", name, re.IGNORECASE)
     memory = int(size[1]) if size else by_name(GIGABYTES, name)
@@ -177,37 +167,27 @@ def measure(processor: Phi3VProcessor, item: dict | list[dict]) -> Sample:
     return Sample(*map(sum, zip(*measured, strict=True)))
 
 
-def _fits(memory: Memory, machine: Machine) -> bool:
-    return memory.total + OVERHEAD * machine.on_gpu <= machine.memory
+def _fits(memory, machine) -> bool:
+    return sum(memory) + OVERHEAD * machine.on_gpu <= machine.memory
 
 
-def _about_data(
-    samples: dict[int, Sample], train_count: int, prompts: dict[int, Sample], eval_count: int
-) -> list[str]:
-    part = f" (an even {MOST:,} looked at)" if max(train_count, eval_count) > MOST else ""
-    lines = [
-        f"data          {train_count:,} samples to train on, {eval_count:,} to evaluate on{part}",
-        f"{'':34}{'min':>8}{'median':>8}{'p95':>8}{'max':>8}",
-    ]
-    for name, values in {
+def _about_data(samples, train_count, prompts, eval_count) -> list[str]:
+    part = f"; an even {MOST:,} looked at" if max(train_count, eval_count) > MOST else ""
+    lines = [f"data          {train_count:,} samples to train on, {eval_count:,} to evaluate{part}"]
+    for name, numbers in {
         "tokens of a sample": sorted(sample.tokens for sample in samples.values()),
         "crops of a sample": sorted(sample.crops for sample in samples.values()),
         "tokens of a prompt to evaluate": sorted(sample.prompt for sample in prompts.values()),
     }.items():
-        shown = (values[int(share * (len(values) - 1))] for share in (0, 0.5, 0.95, 1))
-        lines.append(f"  {name:<32}" + "".join(f"{value:>8,}" for value in shown))
+        shown = [f"{numbers[int(part * (len(numbers) - 1))]:,}" for part in (0, 0.5, 0.95, 1)]
+        lines.append("  {:<32}min {}, median {}, p95 {}, max {}".format(name, *shown))
     return lines
 
 
-def _about_work(
-    args: argparse.Namespace,
-    training_args: TrainingArguments,
-    machine: Machine,
-    run: FakeRun,
-    samples: dict[int, Sample],
-    count: int,
-) -> list[str]:
+def _about_work(args, training_args, machine, run, samples, count) -> list[str]:
     """Steps as the Trainer counts them; FLOPs without what checkpointing computes again."""
+    strategy = f"DeepSpeed {deepspeed_path(args).stem}" if deepspeed_path(args) else "DDP"
+    precision = str(run.setup.computed_in).removeprefix("torch.")
     micro_batches = math.ceil(count / (machine.gpus * args.batch_size_per_gpu))
     per_epoch = math.ceil(micro_batches / run.setup.accumulation)
     steps = math.ceil(args.num_train_epochs * per_epoch)
@@ -216,33 +196,30 @@ def _about_work(
         each * sum(getattr(sample, unit) for sample in samples.values()) / len(samples)
         for unit, each in training_flops(run.model).items()
     )
-    total, hours = flops * count * steps / per_epoch, "the FLOP/s of this device are not known"
+    total, hours = flops * count * steps / per_epoch, "this device's FLOP/s are not known"
     if machine.flops:
         seconds = total / (MFU * machine.flops * machine.gpus)
         hours = f"{seconds / 3600:,.2f} hours at {MFU:.0%} MFU, beside the evaluations"
     parameters = sum(p.numel() for p in run.model.parameters())
+    checkpoints = args.save_total_limit + 1 if training_args.save_strategy != "no" else 0
+    written = bytes_to_write(run.model, args, checkpoints, run.setup.zero is not None)
+    path = Path(args.output_dir).absolute()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     return [
-        f"steps         {steps:,}",
-        f"parameters    {run.trained:,} trained of {parameters:,}",
+        f"steps         {steps:,} of {args.batch_size} samples: {machine.gpus} x "
+        f"{args.batch_size_per_gpu} x {run.setup.accumulation} accumulated",
+        f"parameters    {run.trained:,} trained of {parameters:,}, {precision}, {strategy}",
         f"computation   {flops / 1e12:,.4g} TFLOP a sample, {total / 1e15:,.4g} PFLOP: {hours}",
+        f"disk          {written / 1e9:,.1f} GB are written, {free / 1e9:,.1f} GB are free",
     ]
 
 
-def _about_memory(machine: Machine, parts: dict[str, Memory]) -> list[str]:
+def _about_memory(machine, parts) -> list[str]:
     lines = [f"{'GB a process':<18}{''.join(f'{part:>12}' for part in (*Memory._fields, 'all'))}"]
     for name, memory in parts.items():
-        cells = "".join(f"{size / 1e9:>12.2f}" for size in (*memory, memory.total))
+        cells = "".join(f"{size / 1e9:>12.2f}" for size in (*memory, sum(memory)))
         lines.append(f"  {name:<16}{cells}")
-    most = max(parts.values(), key=lambda memory: memory.total)
+    most, of = max(parts.values(), key=sum), f"{machine.memory / 1e9:.1f} GB"
     context = ", and 1 for CUDA and NCCL," if machine.on_gpu else ""
     fits = "fits" if _fits(most, machine) else "DOES NOT FIT"
-    of = f"{machine.memory / 1e9:.1f} GB"
-    return [*lines, f"memory        {most.total / 1e9:.1f} GB{context} of {of}: it {fits}"]
-
-
-def _about_disk(args: argparse.Namespace, training_args: TrainingArguments, run: FakeRun) -> str:
-    checkpoints = args.save_total_limit + 1 if training_args.save_strategy != "no" else 0
-    needed = bytes_to_write(run.model, args, checkpoints, run.setup.zero is not None)
-    path = Path(args.output_dir).absolute()
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    return f"disk          {needed / 1e9:,.1f} GB are written, {free / 1e9:,.1f} GB are free"
+    return [*lines, f"memory        {sum(most) / 1e9:.1f} GB{context} of {of}: it {fits}"]
