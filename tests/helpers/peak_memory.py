@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.memory import make_batch
 from benchmarks.models import make_config
 from benchmarks.training_step import LORA
 from phi3v import Phi3VConfig, Phi3VForCausalLM
@@ -38,24 +39,6 @@ def run_flags(lora: bool) -> argparse.Namespace:
     """What `freeze_and_adapt` and the count look at."""
     kinds = dict.fromkeys(("use_qlora", "use_dora", "freeze_vision_model", "use_flash_attention"))
     return argparse.Namespace(**kinds, use_lora=lora)
-
-
-def make_batch(grids: list[tuple[int, int]], tokens: int, rows: int = 1, labels: int = 8) -> dict:
-    """Rows of images of (rows, columns) crops each, as `TrainingCollator` gives them."""
-    image_tokens = sum((h * w + 1) * 144 + 1 + (h + 1) * 12 for h, w in grids)
-    starts = torch.arange(rows)[:, None] * tokens
-    crops = max(h * w for h, w in grids) + 1
-    return {
-        "input_ids": torch.ones(rows, tokens, dtype=torch.long),
-        "labels": torch.ones(rows, tokens, dtype=torch.long),
-        "image_positions": (starts + torch.arange(image_tokens)).flatten(),
-        "pixel_values": torch.zeros(len(grids) * rows, crops, 3, 336, 336),
-        "image_sizes": [[h * 336, w * 336] for h, w in grids] * rows,
-        "logits_to_keep": torch.stack(
-            [torch.arange(rows).repeat_interleave(labels), torch.arange(labels).repeat(rows)]
-        ),
-        "shift_labels": torch.ones(rows * labels, dtype=torch.long),
-    }
 
 
 def train(config: Phi3VConfig, lora: bool, checkpointing: bool, batch: dict) -> None:
