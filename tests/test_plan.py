@@ -199,7 +199,7 @@ def test_an_evaluation_that_would_not_fit(docvqa, monkeypatch, capsys):
         lambda run, batch: counted.append(len(batch["input_ids"])) or Memory(counted[-1] * 10**9),
     )
     machine = plan.Machine(1, "a small GPU", 3.5e9)
-    monkeypatch.setattr(plan, "this_machine", lambda: machine)
+    monkeypatch.setattr(plan, "this_machine", lambda planned: machine)
     with pytest.raises(SystemExit):
         docvqa("--deepspeed", "none")
     assert counted == [8, 4, 2] and chosen == [2]

@@ -73,7 +73,7 @@ def plan_run(
     Raises:
         SystemExit: with --plan; the status is 0.
     """
-    machine = named_machine(args.plan) if args.plan else this_machine()
+    machine = named_machine(args.plan) if args.plan else this_machine(args.plan is not None)
     if args.plan is None and not machine.on_gpu:
         return
     setup = run_setup(args, machine)
@@ -117,13 +117,14 @@ def named_machine(text: str) -> Machine:
     return Machine(int(count or 1), name, memory * 1e9, peak_flops(name))
 
 
-def this_machine() -> Machine:
-    """The GPUs that torchrun uses, or without it all; or the CPU."""
+def this_machine(planned: bool) -> Machine:
+    """The run's GPUs, of a planned one without torchrun all that are there; or the CPU."""
     if not torch.cuda.is_available():
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return Machine(world_size(), "CPU", memory, on_gpu=False)
-    gpus = world_size() if "WORLD_SIZE" in os.environ else torch.cuda.device_count()
+    alone = planned and "WORLD_SIZE" not in os.environ
+    gpus = torch.cuda.device_count() if alone else world_size()
     device = torch.cuda.get_device_properties()
     return Machine(gpus, device.name, USABLE * device.total_memory, peak_flops(device.name))
 
