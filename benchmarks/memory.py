@@ -78,7 +78,7 @@ def full_size(
 
 def main():
     logging.set_verbosity_error()
-    print(f"| method | {' | '.join(f'{gpus} GPU' for gpus in GPUS)} |")
+    print("| method | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |")
     print("| --- |" + " --- |" * len(GPUS))
     for name, settings in METHODS.items():
         cells = []

@@ -26,7 +26,7 @@ from .generation import _Cache
 from .loading import freeze_and_adapt
 
 FOUR_BIT = 0.5 + 4 / 64  # bytes a weight in NF4: each 64 have a float32 scale
-EIGHT_BIT = 2 + 2 * 4 / 256  # bytes of 8-bit AdamW: two moments, whose scales are for 256 each
+EIGHT_BIT = 2 + 2 * 4 / 256  # of 8-bit AdamW: two moments, each 256 numbers with a scale
 
 
 class Memory(NamedTuple):
@@ -100,13 +100,9 @@ class FakeRun:
 
     def optimizer(self) -> int:
         """Bytes of AdamW's state (others have no more) and of DeepSpeed's float32 weights."""
-        eight_bit = "8bit" in self.training_args.optim
-        state = EIGHT_BIT if eight_bit else 8
+        state = EIGHT_BIT if "8bit" in self.training_args.optim else 8
         if self.setup.zero is None:
-            # The Trainer leaves embeddings in 32 bits.
-            embedding = self.model.get_input_embeddings().weight
-            whole = embedding.numel() if eight_bit and embedding.requires_grad else 0
-            return int(state * self.trained + (8 - state) * whole)
+            return int(state * self.trained)
         return (
             0 if self._offloads("optimizer") else int((4 + state) * self.trained / self.setup.gpus)
         )

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -48,16 +49,6 @@ class Machine(NamedTuple):
     on_gpu: bool = True
 
 
-class Sample(NamedTuple):
-    """Of a sample, or of those that share a row. An evaluation is given the `prompt` alone."""
-
-    tokens: int
-    prompt: int
-    pairs: int
-    labels: int
-    crops: int
-
-
 def plan_run(
     args: argparse.Namespace,
     training_args: TrainingArguments,
@@ -79,7 +70,7 @@ def plan_run(
     setup = run_setup(args, machine)
     run = FakeRun(load_config(args), args, training_args, lora, setup)
     prompts = measure_all(processor, eval_dataset)
-    longest = eval_dataset[max(prompts, key=lambda index: prompts[index].prompt)]
+    longest = eval_dataset[max(prompts, key=lambda index: prompts[index]["prompt"])]
     collate, most = GenerationCollator(processor), args.eval_batch_size_per_gpu
     rows = min(most, len(eval_dataset))
     while not _fits(evaluation := run.evaluation(collate([longest] * rows)), machine) and rows > 1:
@@ -90,7 +81,7 @@ def plan_run(
     if args.plan is None:
         return
     samples = measure_all(processor, train_dataset)
-    longest = train_dataset[max(samples, key=lambda index: samples[index].tokens)]
+    longest = train_dataset[max(samples, key=lambda index: samples[index]["tokens"])]
     batch = TrainingCollator(processor, for_trainer=True)([longest] * args.batch_size_per_gpu)
     del batch["ids"], batch["lengths"]
     parts = {"training": run.training(batch), f"evaluation of {rows}": evaluation}
@@ -144,8 +135,8 @@ def run_setup(args: argparse.Namespace, machine: Machine) -> Setup:
     return Setup(machine.gpus, args.batch_size // per_step, machine.on_gpu, precision, zero)
 
 
-def measure_all(processor: Phi3VProcessor, dataset: Sequence) -> dict[int, Sample]:
-    """Samples by index; of more than `MOST`, an even part. The ranks share the work."""
+def measure_all(processor: Phi3VProcessor, dataset: Sequence) -> dict[int, Counter]:
+    """By index; of more than `MOST` samples, an even part. The ranks share the work."""
     count = min(len(dataset), MOST)
     indices = [len(dataset) * i // count for i in range(count)]
     measured = share_out(lambda i: measure(processor, dataset[i]), indices, each_machine=False)
@@ -155,17 +146,20 @@ def measure_all(processor: Phi3VProcessor, dataset: Sequence) -> dict[int, Sampl
     return measured
 
 
-def measure(processor: Phi3VProcessor, item: dict | list[dict]) -> Sample:
-    """A record, or several that share a row."""
-    measured, size = [], processor.image_processor.crop_size["height"]
+def measure(processor: Phi3VProcessor, item: dict | list[dict]) -> Counter:
+    """What `training_flops` goes by, and `prompt`, the tokens before the answer: of a row."""
+    measured, size = Counter(), processor.image_processor.crop_size["height"]
     for record in item if isinstance(item, list) else [item]:
         tokens = count_tokens(processor, record)
         answer = f"{to_messages(record)[-1]['content']}<|end|>\n<|endoftext|>"
         labels = len(processor.tokenizer(answer, add_special_tokens=False).input_ids)
         padded = [processor.image_processor.calc_hd_size(*s) for s in image_sizes(record)]
         crops = sum(width * height // size**2 + 1 for width, height in padded)
-        measured.append((tokens, tokens - labels, tokens * (tokens + 1) // 2, labels, crops))
-    return Sample(*map(sum, zip(*measured, strict=True)))
+        pairs = tokens * (tokens + 1) // 2
+        measured.update(
+            tokens=tokens, prompt=tokens - labels, pairs=pairs, labels=labels, crops=crops
+        )
+    return measured
 
 
 def _fits(memory, machine) -> bool:
@@ -175,11 +169,12 @@ def _fits(memory, machine) -> bool:
 def _about_data(samples, train_count, prompts, eval_count) -> list[str]:
     part = f"; an even {MOST:,} looked at" if max(train_count, eval_count) > MOST else ""
     lines = [f"data          {train_count:,} samples to train on, {eval_count:,} to evaluate{part}"]
-    for name, numbers in {
-        "tokens of a sample": sorted(sample.tokens for sample in samples.values()),
-        "crops of a sample": sorted(sample.crops for sample in samples.values()),
-        "tokens of a prompt to evaluate": sorted(sample.prompt for sample in prompts.values()),
-    }.items():
+    for name, of, unit in (
+        ("tokens of a sample", samples, "tokens"),
+        ("crops of a sample", samples, "crops"),
+        ("tokens of a prompt to evaluate", prompts, "prompt"),
+    ):
+        numbers = sorted(sample[unit] for sample in of.values())
         shown = [f"{numbers[int(part * (len(numbers) - 1))]:,}" for part in (0, 0.5, 0.95, 1)]
         lines.append("  {:<32}min {}, median {}, p95 {}, max {}".format(name, *shown))
     return lines
@@ -194,7 +189,7 @@ def _about_work(args, training_args, machine, run, samples, count) -> list[str]:
     steps = math.ceil(args.num_train_epochs * per_epoch)
     steps = training_args.max_steps if training_args.max_steps > 0 else steps
     flops = sum(
-        each * sum(getattr(sample, unit) for sample in samples.values()) / len(samples)
+        each * sum(sample[unit] for sample in samples.values()) / len(samples)
         for unit, each in training_flops(run.model).items()
     )
     total, hours = flops * count * steps / per_epoch, "this device's FLOP/s are not known"
