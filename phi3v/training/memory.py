@@ -103,9 +103,8 @@ class FakeRun:
         state = EIGHT_BIT if "8bit" in self.training_args.optim else 8
         if self.setup.zero is None:
             return int(state * self.trained)
-        return (
-            0 if self._offloads("optimizer") else int((4 + state) * self.trained / self.setup.gpus)
-        )
+        part = self.trained / self.setup.gpus
+        return 0 if self._offloads("optimizer") else int((4 + state) * part)
 
     def held_weights(self, gathered: int) -> int:
         """Bytes of the weights. ZeRO-3 has a shard, and of the whole as much as is gathered."""
