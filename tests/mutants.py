@@ -259,8 +259,8 @@ MUTANTS = [
     Mutant(
         "collator: labels are shifted by two",
         "phi3v/data/collators.py",
-        'pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)',
-        'pad(batch["labels"][:, 2:], (0, 2), value=IGNORED)',
+        '(batch["labels"][:, 1:] != IGNORED)',
+        '(batch["labels"][:, 2:] != IGNORED)',
         "test_collators",
     ),
     Mutant(
@@ -339,8 +339,8 @@ MUTANTS = [
     Mutant(
         "evaluation: answers go to the wrong samples",
         "phi3v/training/generation.py",
-        "answered = zip(mine, texts,",
-        "answered = zip(sorted(mine), texts,",
+        "list(zip(mine, found, strict=True))",
+        "list(zip(sorted(mine), found, strict=True))",
         "test_training",
     ),
     Mutant(
@@ -352,16 +352,16 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: a row begins later than its prompt",
-        "phi3v/training/generation.py",
-        "enumerate(attention_mask[:, 0, -1].sum(-1).tolist())",
-        "enumerate((attention_mask[:, 0, -1].sum(-1) - 1).tolist())",
+        "phi3v/training/attention.py",
+        "lengths = attention_mask.sum(-1).tolist()",
+        "lengths = (attention_mask.sum(-1) - 1).tolist()",
         "test_training",
     ),
     Mutant(
         "evaluation: left at SIGTERM, and written all the same",
         "phi3v/training/generation.py",
-        "            if stop():\n                break\n",
-        "            stop()\n",
+        "                    if stop():\n                        break\n",
+        "                    stop()\n",
         "test_stopping",
     ),
     Mutant(
@@ -636,6 +636,49 @@ MUTANTS = [
         "        rows //= 2\n",
         "        break\n",
         "test_plan",
+    ),
+    # ---- GPUs, as far as fake ones show
+    Mutant(
+        "gpu: the model asks the device where images stand",
+        MODEL,
+        "        if image_positions is None:\n",
+        "        if True:\n",
+        "test_fake_gpu",
+    ),
+    Mutant(
+        "gpu: RoPE's float32 keys are cached",
+        "phi3v/training/generation.py",
+        "key_states.to(value_states.dtype)",
+        "key_states",
+        "test_fake_gpu",
+    ),
+    Mutant(
+        "gpu: a copy that the host waits for",
+        MODEL,
+        ".to(projected.device, non_blocking=True)",
+        ".to(projected.device)",
+        "test_fake_gpu",
+    ),
+    Mutant(
+        "attention: the samples of a packed row are one",
+        "phi3v/data/collators.py",
+        "[0, *accumulate(map(len, ids))]",
+        "[0, sum(map(len, ids))]",
+        "test_packing",
+    ),
+    Mutant(
+        "attention: padding is attended to where one row has none",
+        "phi3v/training/attention.py",
+        "if min(lengths) == q_length:",
+        "if max(lengths) == q_length:",
+        "test_attention",
+    ),
+    Mutant(
+        "attention: sdpa has no mask for a packed row",
+        "phi3v/training/trainer.py",
+        'if "cu_seq_lens_q" in inputs and not self.flags.use_flash_attention:',
+        "if False:",
+        "test_packing",
     ),
 ]
 

@@ -58,3 +58,15 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "_loaded_implementation", None)
     for name in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # by version
         monkeypatch.setattr(PreTrainedModel, name, lambda *args, **kwargs: True, raising=False)
+
+
+def install_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put one of them in the place of torch's kernel for sequences of various lengths."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=None, window_size=(-1, -1)):
+        assert cu_q.dtype == cu_k.dtype == torch.int32 and q.dtype == k.dtype == v.dtype
+        assert window_size == (-1, 0)
+        options = {"softmax_scale": scale, "causal": True}
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

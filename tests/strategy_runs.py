@@ -27,6 +27,7 @@ STRATEGIES = {
     "full": (),
     "full-ddp": ("--deepspeed", "none"),
     "full-zero3": ("--deepspeed", str(REPO / "ds_configs" / "zero3.json")),
+    "full-8bit": ("--optim", "adamw_bnb_8bit"),
     "full-offload": ("--deepspeed", str(REPO / "ds_configs" / "zero3_offload.json")),
     "frozen": FROZEN,
     "lora": LORA,

@@ -15,6 +15,7 @@ from phi3v.data.collators import TrainingCollator
 from phi3v.data.packing import count_tokens, fit_lengths, pack
 from phi3v.data.records import Records
 from phi3v.errors import DataError
+from phi3v.training.attention import FLASH, FLASH_ATTN, SDPA, packed_mask
 from phi3v.training.loading import load_processor
 
 # With ids of their own.
@@ -52,12 +53,15 @@ def test_packing_is_fast():
     assert len(rows) <= 1.01 * sum(lengths) / 8192
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
+@pytest.mark.parametrize(
+    "attention", ["eager", "sdpa", "flash_attention_2", SDPA, FLASH, FLASH_ATTN]
+)
 def test_packed_loss_and_gradients_are_the_unpacked_ones(
     demo_checkpoint, demo_processor, attention, monkeypatch
 ):
     """Samples in one row do not see each other: same loss, same gradients as padded rows."""
     plain_flash_attention.install(monkeypatch)
+    plain_flash_attention.install_varlen(monkeypatch)
     model = AutoModelForCausalLM.from_pretrained(
         demo_checkpoint, dtype=torch.float32, attn_implementation=attention
     ).train()
@@ -65,6 +69,8 @@ def test_packed_loss_and_gradients_are_the_unpacked_ones(
     packed = collator([MORE[:2], MORE[2:]])
     assert packed["input_ids"].shape[0] == 1 and "attention_mask" not in packed
     assert (packed["position_ids"] == 0).sum() == len(MORE)
+    if attention == SDPA:  # as the trainer does
+        packed["attention_mask"] = packed_mask(packed["position_ids"])
     losses, gradients = [], []
     for batch in (packed, collator(MORE)):
         loss = model(**batch, use_cache=False).loss
@@ -87,6 +93,17 @@ def test_a_packed_sample_does_not_see_its_neighbours(demo_checkpoint, demo_proce
         second = model(**collator([[MORE[2], MORE[1]]]), use_cache=False).logits
     labels = len(collator([MORE[1]])["shift_labels"])
     torch.testing.assert_close(first[-labels:], second[-labels:], rtol=0, atol=1e-5)
+
+
+def test_the_trainer_packs_what_it_would_pad(demo_checkpoint, tmp_path):
+    """A packed row has the loss of its samples in padded rows, with the mask that sdpa needs."""
+    trainer = make_trainer(arguments(demo_checkpoint, tmp_path), NAMED)
+    trainer.create_optimizer_and_scheduler(1)
+    losses = []
+    for records in (MORE, [MORE]):
+        batch = trainer.data_collator(records)
+        losses.append(trainer.training_step(trainer.model, batch, torch.tensor(50)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_training_on_packed_rows(demo_checkpoint, tmp_path, capsys):

@@ -40,7 +40,7 @@ def test_what_is_trained(runs, demo_checkpoint, recipe, strategy, processes):
     """
     run = runs[processes][f"{recipe} {strategy}"]
     changed, same = set(run["changed"]), set(run["same"])
-    deepspeed = strategy in ("full", "full-zero3", "full-offload", "frozen")
+    deepspeed = strategy in ("full", "full-8bit", "full-zero3", "full-offload", "frozen")
     assert run["engine"] == ("DEEPSPEED" if deepspeed else "MULTI_CPU")
     if "lora" in strategy:
         assert changed and not same

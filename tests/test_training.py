@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -517,6 +518,33 @@ def test_dora_and_rslora_are_what_peft_makes_of_them(demo_checkpoint, tmp_path):
     assert layer.scaling["default"] == 8 / 4 and not layer.lora_magnitude_vector
 
 
+def test_inputs_of_adapters_are_not_cast(demo_checkpoint, demo_processor, tmp_path):
+    """
+    Under autocast, float32 inputs become 16 bits again before the adapter: without PEFT's casts,
+    loss and gradients are the same to the last bit. DoRA keeps them, for the norms of its weights.
+    """
+    model = loaded(arguments(demo_checkpoint, tmp_path, "--use_lora", "--lora_rank", "4"))
+    for name, parameter in model.named_parameters():  # bf16 under adapters, as on a GPU
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert not any(layer.cast_input_dtype_enabled for layer in layers)
+    batch, found = TrainingCollator(demo_processor)(RECORDS), []
+    for cast in (False, True):
+        for layer in layers:
+            layer.cast_input_dtype_enabled = cast
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert len(found[0]) > 2 * len(layers)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    dora = loaded(arguments(demo_checkpoint, tmp_path / "b", "--use_dora", "--lora_rank", "4"))
+    assert any(getattr(module, "cast_input_dtype_enabled", False) for module in dora.modules())
+
+
 @pytest.mark.parametrize("flag", ["--use_qlora", "--use_dora", "--use_rslora"])
 def test_flags_that_imply_lora(flag):
     assert RecipeParser("").parse_args([flag]).use_lora
@@ -524,9 +552,7 @@ def test_flags_that_imply_lora(flag):
 
 def test_implied_flags(monkeypatch):
     """Flash attention implies bf16."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: True)
+    pretend_gpu(monkeypatch, (9, 0))
     assert RecipeParser("").parse_args(["--use_flash_attention"]).bf16
 
 
@@ -639,24 +665,71 @@ def test_refused_deepspeed_configs(flags, message, monkeypatch, tmp_path):
     ("gpu", "flags", "message"),
     [
         (None, ["--use_flash_attention"], "needs a GPU"),
-        ((9, 0), ["--use_flash_attention"], "needs the package flash-attn"),
         (None, ["--use_liger"], "--use_liger needs a GPU"),
         ((9, 0), ["--use_liger"], "pip install liger-kernel"),
         (None, ["--torch_compile"], "needs a C++ compiler"),
-        ((7, 0), ["--bf16"], "needs an Ampere GPU or newer, not V100"),
+        ((7, 5), ["--bf16"], "needs an Ampere GPU or newer, not T4"),
+        ((7, 0), [], 'pip install "torch<2.15" torchvision --index-url https://download.pytorch'),
+        ((5, 2), ["--use_lora"], "has no kernels for T4 (compute capability 5.2)"),
     ],
 )
 def test_refused_hardware(gpu, flags, message, capsys, monkeypatch):
     """So is what the hardware or an absent package cannot do."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu is not None)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
-    monkeypatch.setattr("phi3v.training.arguments.is_flash_attn_2_available", lambda: False)
+    if gpu:
+        pretend_gpu(monkeypatch, gpu)
     monkeypatch.setattr("phi3v.training.arguments.is_liger_kernel_available", lambda: False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit):
         RecipeParser("").parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_hardware_that_has_kernels(capability, monkeypatch):
+    """From Turing to Blackwell, whatever was built for the generation serves."""
+    pretend_gpu(monkeypatch, capability)
+    architectures = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch 2.14.1+cu130
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: architectures)
+    assert RecipeParser("").parse_args([])
+
+
+def test_several_gpus_without_torchrun(capsys, monkeypatch):
+    """
+    One process on several GPUs is refused with the command to type: under DataParallel, pixels
+    would meet other rows' texts.
+    """
+    pretend_gpu(monkeypatch, (9, 0), count=2)
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--output_dir", "a b"])
+    with pytest.raises(SystemExit):
+        RecipeParser("").parse_args([])
+    error = capsys.readouterr().err
+    assert "Type: torchrun --nproc_per_node=2 finetune.py --output_dir 'a b'; for one" in error
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0" if name == "RANK" else "2")
+    assert RecipeParser("").parse_args([])
+
+
+def test_a_driver_that_is_too_old(capsys, monkeypatch):
+    """A card that CUDA cannot use is an error with its reason, not a run on the CPU."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040)")
+
+    monkeypatch.setattr("torch.cuda.init", fail)
+    # DeepSpeed has torch ask the driver's library alone whether there is a GPU.
+    monkeypatch.setattr("torch.cuda.get_device_name", fail)
+    with pytest.raises(SystemExit):
+        RecipeParser("").parse_args([])
+    error = capsys.readouterr().err
+    assert "1 GPUs are visible" in error and "driver on your system is too old" in error
+
+
+def pretend_gpu(monkeypatch, capability: tuple[int, int], count: int = 1) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "T4")
 
 
 LAST_COLLECTIVE = """

@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available
 
 from ..distributed import world_size
 from ..errors import prints_failures, record_failure
+from .hardware import gpu_problems
 
 # Fields of TrainingArguments that a flag of the recipe decides, which each has another name.
 DECIDED_BY = {
@@ -103,8 +103,7 @@ class RecipeParser(argparse.ArgumentParser):
         found.use_lora = any(kinds)
         found.bf16 = found.bf16 or found.use_flash_attention
         try:
-            # A plan may be of other GPUs than this machine's.
-            problem = None if found.plan else next(_problems(found), None)
+            problem = next(_problems(found), None)
         except ValueError as error:  # of WORLD_SIZE and its like
             problem = f"the environment is not what torchrun sets: {error}"
         if problem:
@@ -155,7 +154,10 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         help="most HD crops an image is cut into, 1 to 16",
     )
     group.add_argument(
-        "--use_flash_attention", action="store_true", help="flash attention 2; implies --bf16"
+        "--use_flash_attention",
+        action="store_true",
+        help="flash attention 2, for packed rows and padded prompts too: of the package flash-attn "
+        "where it is installed and works, else PyTorch's own; implies --bf16",
     )
     group.add_argument(
         "--bf16", action="store_true", help="bf16 instead of the default fp16 mixed precision"
@@ -342,8 +344,7 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags together, or with this machine."""
-    processes, on_gpu = world_size(), torch.cuda.is_available()
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = world_size()
     per_step = processes * args.batch_size_per_gpu
     if args.batch_size % per_step:
         yield (
@@ -365,35 +366,14 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             "--vision_learning_rate and --projector_learning_rate have nothing to train under "
             "--freeze_vision_model."
         )
-    if on_gpu and 0 < torch.cuda.device_count() < on_node:
-        yield (
-            f"{on_node} processes were started and {torch.cuda.device_count()} GPUs are visible. "
-            f"Start torchrun with --nproc_per_node={torch.cuda.device_count()}."
-        )
-    for flag in ("use_flash_attention", "use_liger"):
-        if getattr(args, flag) and not on_gpu:
-            yield f"--{flag} needs a GPU, and none is visible. Drop the flag."
-    if args.use_flash_attention and not is_flash_attn_2_available():
-        yield (
-            "--use_flash_attention needs the package flash-attn: pip install flash-attn "
-            "--no-build-isolation. Without the flag, sdpa is used."
-        )
+    if args.plan is None:  # which may be of other GPUs, and without torchrun
+        yield from gpu_problems(args)
     if args.use_liger and not is_liger_kernel_available():
         yield "--use_liger needs the package liger-kernel: pip install liger-kernel"
     if args.torch_compile and not _compiler():
         yield (
             "--torch_compile needs a C++ compiler, and neither $CXX, g++ nor clang++ is found. "
             "Install one (apt-get install g++), or drop the flag."
-        )
-    if args.bf16 and on_gpu and torch.cuda.get_device_capability() < (8, 0):
-        yield (
-            f"--bf16 needs an Ampere GPU or newer, not {torch.cuda.get_device_name()}. Drop --bf16 "
-            "and --use_flash_attention: fp16 mixed precision is the default."
-        )
-    if args.use_qlora and on_gpu and torch.cuda.get_device_capability() < (7, 5):
-        yield (
-            f"--use_qlora needs a Turing GPU or newer, not {torch.cuda.get_device_name()}. Use "
-            "--use_lora."
         )
     if problem := _output_problem(args.output_dir, args.model_name_or_path):
         yield problem

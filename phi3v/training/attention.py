@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# What transformers knows attention by, in the config.
-SDPA, FLASH, FLASH_ATTN = "phi3v_sdpa", "phi3v_flash", "phi3v_flash_attn"
+# What transformers knows attention by, in the config. It takes a name with "flash" for one of its
+# own.
+SDPA, FLASH, FLASH_ATTN = "phi3v_sdpa", "phi3v_varlen", "phi3v_varlen_package"
 PADDED = "_padded"
 SHOWN = {
     SDPA: "sdpa attention",

@@ -92,8 +92,7 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         # Records reach the collator as they are.
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        # Without a bar, the Trainer prints on every machine; with one, on the first rank alone.
-        "disable_tqdm": not args.tqdm and first,
+        "disable_tqdm": not args.tqdm,
         "log_level": "warning",
         "log_level_replica": "error",
     }

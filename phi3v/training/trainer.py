@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -24,6 +30,7 @@ from .attention import packed_mask
 from .card import model_card, push
 from .checkpoints import take_over
 from .generation import generate
+from .log import Bar, LogLines
 from .merging import merge_adapter
 from .metrics import normalise
 from .output_folder import LAST_RESULT, OutputFolder
@@ -100,6 +107,11 @@ class Phi3VTrainer(Trainer):
                 callbacks=[_Steps(self)],
                 **kwargs,
             )
+        for transformers_own in (PrinterCallback, ProgressCallback):
+            self.remove_callback(transformers_own)
+        if not args.disable_tqdm:
+            self.add_callback(Bar)
+        self.add_callback(LogLines)
         self.trackers = self._keep_trackers_open()
         self.meter = Meter(self.model, args.device)
         if not flags.eval_only:
@@ -290,6 +302,10 @@ class Phi3VTrainer(Trainer):
                 if self.saved:
                     self._save_state()
         if file_name == LAST_RESULT:
+            print_first(
+                f"Results: {self.args.output_dir}. Ask it: python -m phi3v.answer "
+                f'{self.args.output_dir} --image <file> "<question>"'
+            )
             self._end_trackers()
             if self.args.push_to_hub and not self.flags.merge_lora:
                 self.push_to_hub()
