@@ -215,6 +215,14 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "output folder",
     )
 
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="GPUS",
+        help="print what the run will be, its memory, hours and disk space, and leave: on the GPUs "
+        'that are there, or on those named, like "8 x A100-80GB"',
+    )
     group = parser.add_argument_group("training")
     group.add_argument(
         "--output_dir",
@@ -320,7 +328,10 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
 
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--eval_batch_size_per_gpu", type=COUNT, default=8, help="prompts generated at a time"
+        "--eval_batch_size_per_gpu",
+        type=COUNT,
+        default=8,
+        help="most prompts generated at a time; fewer where the longest do not fit the GPU",
     )
     group.add_argument(
         "--eval_only", action="store_true", help="evaluate the model into eval_before.json and stop"
@@ -372,7 +383,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             "--vision_learning_rate and --projector_learning_rate have nothing to train under "
             "--freeze_vision_model."
         )
-    yield from gpu_problems(args)
+    if args.plan is None:  # which may be of other GPUs, and without torchrun
+        yield from gpu_problems(args)
     if args.use_liger and not is_liger_kernel_available():
         yield "--use_liger needs the package liger-kernel: pip install liger-kernel"
     if args.torch_compile and not _compiler():

@@ -35,7 +35,7 @@ HARMLESS = {
     *("output_dir", "tqdm", "dataloader_num_workers", "merge_lora", "skip_bad_samples"),
     *("eval_only", "eval_steps", "eval_batch_size_per_gpu", "max_new_tokens"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir"),
-    *("gradient_checkpointing", "deepspeed"),
+    *("gradient_checkpointing", "deepspeed", "plan"),
 }
 # And what the weights depend on besides flags.
 TRAINING_ARGUMENTS = (

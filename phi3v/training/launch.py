@@ -36,7 +36,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         recipe: fields of TrainingArguments, such as `optim`.
 
     Returns:
-        The arguments. `resume_from_checkpoint` is the checkpoint to go on from, or None.
+        The arguments. `resume_from_checkpoint` is the checkpoint to go on from, or None. With
+        --plan, the output folder and the hub are left alone.
 
     Raises:
         RunError: the settings, the DeepSpeed config or the output folder cannot be used.
@@ -46,6 +47,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
     deepspeed = deepspeed_path(args)
     if deepspeed:
         _check_deepspeed(args, deepspeed)
+    if args.plan is not None:
+        deepspeed = None  # a plan only reads its config
     with phase("starting the processes"):
         _init_after_restart(on_gpu)
         if deepspeed:
@@ -97,6 +100,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
     }
     with phase("the training arguments"):
         training_args = TrainingArguments(**(recipe | from_flags | args.others))
+    if args.plan is not None:
+        return training_args
     print_first(
         f"{training_args.world_size} x {training_args.device.type}, {_precision(args, on_gpu)}, "
         f"{SHOWN[choose_attention(args)]}, "

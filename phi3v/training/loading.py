@@ -75,6 +75,12 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
     return processor
 
 
+def load_config(args: argparse.Namespace) -> Phi3VConfig:
+    """The config of --model_name_or_path. Weights need not be there."""
+    folder = _model_folder(args.model_name_or_path, ["*.json"], args.model_revision)
+    return _load_config(f"--model_name_or_path {args.model_name_or_path}", folder)
+
+
 def _model_folder(name: str, patterns: list[str], revision: str | None) -> Path:
     """The local folder `name`; of a hub id, its copy in the cache, with files like `patterns`."""
     flag = f"--model_name_or_path {name}"
@@ -224,11 +230,7 @@ def load_model(
                 module.support_avx512bf16_for_cpu = False
     if args.use_liger:
         use_fused_kernels(model)
-    if args.freeze_vision_model:
-        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
-        model.model.vision_embed_tokens.requires_grad_(False)
-    if args.use_lora:
-        model = add_adapters(model, lora)
+    model = freeze_and_adapt(model, args, lora)
     if args.torch_compile:
         compile_layers(model)
     # A shard of ZeRO-3 says in ds_numel how large the whole is.
@@ -237,6 +239,16 @@ def load_model(
         raise RunError("no parameter is left to train. Drop one of the flags that freeze.")
     print_first(f"{trained:,} trained parameters")
     return model
+
+
+def freeze_and_adapt(
+    model: Phi3VForCausalLM, args: argparse.Namespace, lora: LoraConfig | None
+) -> Phi3VForCausalLM | PeftModel:
+    """What is trained of `model`, by the flags."""
+    if args.freeze_vision_model:
+        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
+        model.model.vision_embed_tokens.requires_grad_(False)
+    return add_adapters(model, lora) if args.use_lora else model
 
 
 def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:
