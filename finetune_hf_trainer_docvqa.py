@@ -25,12 +25,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from datasets import Image
-from peft import LoraConfig
 
 from phi3v.data import Records, load_rows, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import anls
 from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = {"id": object, "image": Image, "query": {"en": str}, "answers": [str]}

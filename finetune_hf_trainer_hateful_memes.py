@@ -24,12 +24,13 @@ import os
 from collections.abc import Iterator
 
 from datasets import Image
-from peft import LoraConfig
 
 import phi3v.training.metrics as scores
 from phi3v.data import Records, load_rows, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 YES, NO = "Yes", "No"
 CAULDRON = "HuggingFaceM4/the_cauldron"
@@ -53,8 +54,7 @@ def load_datasets(args) -> tuple[Records, Records]:
     if os.path.isfile(f"{name}/train.jsonl"):
         train = load_rows(f"{name}/train.jsonl", CHALLENGE_COLUMNS)
         evaluation = load_rows(f"{name}/{args.eval_file}", CHALLENGE_COLUMNS)
-        both = (Records(rows, challenge_record, image_dir=name) for rows in (train, evaluation))
-        return tuple(both)
+        return tuple(Records(r, challenge_record, image_dir=name) for r in (train, evaluation))
     train = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[{n}:]")
     evaluation = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[:{n}]")
     return Records(train, cauldron_records), Records(evaluation, cauldron_records)

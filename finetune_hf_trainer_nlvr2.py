@@ -22,12 +22,13 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Image
-from peft import LoraConfig
 
 from phi3v.data import Records, load_rows, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy
 from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
 CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
@@ -82,11 +83,8 @@ def official_record(row: dict, paths: dict[str, list[str]]) -> dict:
         raise ValueError(f"needs one {pair}-img0.png and one -img1.png, and there is {images}")
     if str(row["label"]) not in ("True", "False"):
         raise ValueError("label must be True or False")
-    turn = {
-        "images": [path for [path] in images],
-        "user": f"{row['sentence']} Is this true or false?",
-        "assistant": str(row["label"]),
-    }
+    question = f"{row['sentence']} Is this true or false?"
+    turn = {"images": [path for [path] in images], "user": question, "assistant": str(row["label"])}
     return {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
 
 

@@ -33,12 +33,12 @@ eval_after.json, beside the model.
 
 from pathlib import Path
 
-from peft import LoraConfig
-
 from phi3v.data import Records, load_records, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy
 from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 
 def get_arguments():

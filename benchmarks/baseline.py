@@ -13,7 +13,6 @@ computed once a forward, not once a layer.
 import math
 
 import torch
-from peft import PeftModel
 from PIL import Image
 from torch import nn
 from torchvision.transforms import functional
@@ -22,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
+
+from peft import PeftModel
 
 CROP = 336
 

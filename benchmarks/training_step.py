@@ -32,7 +32,6 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
 
 from benchmarks.baseline import use_side
 from benchmarks.models import (
@@ -50,6 +49,8 @@ from phi3v.data.collators import TrainingCollator
 from phi3v.data.packing import count_tokens
 from phi3v.training.attention import choose_attention
 from phi3v.training.loading import add_adapters, quantization_config
+
+from peft import LoraConfig, PeftModel
 
 METHODS = ("full", "frozen", "lora", "qlora")
 SWITCH = ("yes", "no")

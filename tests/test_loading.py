@@ -9,7 +9,6 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers.models.phi3 import modeling_phi3
 
@@ -27,6 +26,8 @@ from phi3v.training.loading import (
     quantization_config,
     use_fused_kernels,
 )
+
+from peft import LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

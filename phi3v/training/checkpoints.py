@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import TrainingArguments
 
 from ..data.images import image_source
@@ -26,6 +25,8 @@ from .arguments import RecipeParser
 from .card import push
 from .merging import merge_adapter, merged_dtype
 from .output_folder import COMPLETE, OutputFolder, incompleteness
+
+from peft import PeftModel
 
 FINGERPRINT_SAMPLES = 1000
 

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from peft import PeftModel
 from torch import nn
+
+from peft import PeftModel
 
 # Dense (not sparse) 16-bit tensor core FLOP/s of NVIDIA's datasheets, by the words that a device's
 # name has to hold. The first entry that fits counts.

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, TrainingArguments
@@ -16,6 +15,8 @@ from ..errors import RunError
 from ..model.modeling_phi3_v import CACHE
 from ..model.processing_phi3_v import Phi3VProcessor
 from .attention import attending_to_padding
+
+from peft import PeftModel
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def _answer(
     """Of each prompt the text that follows, and the first choice's share of the two."""
     # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
     output = model.generate(
-        **batch, **{CACHE: _Cache()}, generation_config=config, synced_gpus=False
+        **batch, **{CACHE: KeyCache()}, generation_config=config, synced_gpus=False
     )
     texts = processor.batch_decode(
         output.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
@@ -151,7 +152,7 @@ def _size(record: dict) -> tuple[int, int]:
     return sum(len(turn["images"]) for turn in turns), sum(len(turn["user"]) for turn in turns)
 
 
-class _Cache(DynamicCache):
+class KeyCache(DynamicCache):
     """Keys in the precision of values: RoPE makes float32 of them where weights are float32."""
 
     def update(self, key_states, value_states, *args, **kwargs):

@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, GenerationConfig, TrainingArguments
@@ -32,6 +30,9 @@ from ..model.image_processing_phi3_v import Phi3VImageProcessor
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.processing_phi3_v import Phi3VProcessor
 from .attention import choose_attention
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_FILES = (

@@ -16,6 +16,8 @@ class Bar(ProgressCallback):
 class LogLines(TrainerCallback):
     """The line of `log_line`. All that is logged goes to trainer_state.json and the trackers."""
 
+    start, first_step = 0.0, 0
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step = time.monotonic(), state.global_step
 

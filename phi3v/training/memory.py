@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -22,8 +21,10 @@ from transformers import TrainingArguments
 from ..model.configuration_phi3_v import Phi3VConfig
 from ..model.modeling_phi3_v import CACHE, Phi3VForCausalLM, token_order
 from .attention import SDPA, packed_mask
-from .generation import _Cache
+from .generation import KeyCache
 from .loading import freeze_and_adapt
+
+from peft import LoraConfig
 
 FOUR_BIT = 0.5 + 4 / 64  # bytes a weight in NF4: each 64 have a float32 scale
 EIGHT_BIT = 2 + 2 * 4 / 256  # of 8-bit AdamW: two moments, each 256 numbers with a scale
@@ -186,7 +187,7 @@ class FakeRun:
         model, cached = self.model.eval(), {"use_cache": True, "logits_to_keep": 1}
         live = _Live(self.model)
         with self._counting(live, batch) as batch:
-            cached[CACHE] = _Cache()
+            cached[CACHE] = KeyCache()
             model(**batch, **cached)
             model(input_ids=batch["input_ids"][:, -1:], **cached)
         return Memory(

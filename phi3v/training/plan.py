@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -32,6 +31,8 @@ from .flops import GIGABYTES, by_name, peak_flops, training_flops
 from .launch import deepspeed_path
 from .loading import load_config
 from .memory import FakeRun, Memory, Setup
+
+from peft import LoraConfig
 
 MOST = 2000  # samples that are looked at
 OVERHEAD = 1e9  # bytes of a CUDA context and NCCL's buffers

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch.utils.data import Subset
 from transformers import (
     EarlyStoppingCallback,
@@ -37,6 +36,8 @@ from .merging import merge_adapter
 from .metrics import normalise
 from .output_folder import LAST_RESULT, OutputFolder
 from .throughput import Meter
+
+from peft import PeftModel
 
 # Loss scaling in fp16 starts at 65,536 and halves with every overflow; it recovers when they are
 # rare. Below this, nothing is learned.
