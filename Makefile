@@ -9,12 +9,14 @@
 # make test-vllm            what a recipe saves, in vLLM, of which 3.4 GB are downloaded
 # make test-trl             TRL's own trainers on this model, see docs/trl.md
 # make test-trackers        TensorBoard, MLflow, trackio and wandb, all offline
+# make gpu                  on a machine with a GPU: the tests that need one, and in ten minutes tables
+#                           of what it does, which go into benchmarks/results
 # All make .venv from requirements.txt first. Another Python: make PYTHON=python3.12 demo
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo demo-docvqa demo-hateful-memes demo-nlvr2 lint
-.PHONY: test test-all test-versions test-vllm test-trl test-trackers
+.PHONY: test test-all test-versions test-vllm test-trl test-trackers gpu
 
 demo: .venv/installed
 	$(BIN)/python -m demo.run --work_dir demo_output
@@ -54,6 +56,22 @@ test-trl: .venv/installed
 
 test-trackers: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/with_trackers.sh
+
+# Each part runs whatever became of the ones before it. Another set of parts to try the command
+# without a GPU: make gpu GPU_TABLE="--size small --device cpu" RECIPE_TABLE="--size tiny"
+GPU_TABLE := --minutes 5
+RECIPE_TABLE := --batch_size 8 --steps 4
+
+gpu: .venv/installed
+	@failed=""; \
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES-0} \
+		$(BIN)/python -m pytest tests/test_gpu.py || failed="$$failed tests"; \
+	$(BIN)/python -m benchmarks.gpu --save $(GPU_TABLE) || failed="$$failed benchmarks.gpu"; \
+	$(BIN)/python -m benchmarks.recipe_table --save $(RECIPE_TABLE) || \
+		failed="$$failed benchmarks.recipe_table"; \
+	echo; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed"; exit 1; fi; \
+	echo "make gpu: all done; the tables are in benchmarks/results"
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

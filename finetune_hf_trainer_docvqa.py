@@ -25,11 +25,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from datasets import Image
-from peft import LoraConfig
 
 from phi3v.data import Records, load_rows, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import anls
+from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = {"id": object, "image": Image, "query": {"en": str}, "answers": [str]}
@@ -122,6 +124,7 @@ def main():
     )
     processor = load_processor(args)
     train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    plan_run(args, training_args, processor, train_dataset, eval_dataset, lora_config(args))
     trainer = Phi3VTrainer(
         model=load_model(args, training_args, lora_config(args)),
         args=training_args,

@@ -24,11 +24,13 @@ import os
 from collections.abc import Iterator
 
 from datasets import Image
-from peft import LoraConfig
 
+import phi3v.training.metrics as scores
 from phi3v.data import Records, load_rows, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
-from phi3v.training.metrics import accuracy, auroc
+from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 YES, NO = "Yes", "No"
 CAULDRON = "HuggingFaceM4/the_cauldron"
@@ -52,8 +54,7 @@ def load_datasets(args) -> tuple[Records, Records]:
     if os.path.isfile(f"{name}/train.jsonl"):
         train = load_rows(f"{name}/train.jsonl", CHALLENGE_COLUMNS)
         evaluation = load_rows(f"{name}/{args.eval_file}", CHALLENGE_COLUMNS)
-        both = (Records(rows, challenge_record, image_dir=name) for rows in (train, evaluation))
-        return tuple(both)
+        return tuple(Records(r, challenge_record, image_dir=name) for r in (train, evaluation))
     train = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[{n}:]")
     evaluation = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[:{n}]")
     return Records(train, cauldron_records), Records(evaluation, cauldron_records)
@@ -84,14 +85,12 @@ def challenge_record(meme: dict) -> dict:
 
 
 def metrics(results) -> dict[str, float]:
-    """
-    Of results with `text`, what was generated, `answers`, all lower-cased, and `probability`, that
-    of YES.
-    """
-    hateful = [result.answers[0] == YES.lower() for result in results]
-    numbers = {"accuracy": accuracy([r.text for r in results], [r.answers[0] for r in results])}
+    """Of results with `text` and `answers`, all lower-cased, and `probability`, that of YES."""
+    texts, answers = [r.text for r in results], [r.answers[0] for r in results]
+    hateful = [answer == YES.lower() for answer in answers]
+    numbers = {"accuracy": scores.accuracy(texts, answers)}
     if len(set(hateful)) == 2:
-        numbers["auroc"] = auroc([result.probability for result in results], hateful)
+        numbers["auroc"] = scores.auroc([r.probability for r in results], hateful)
     return numbers
 
 
@@ -125,6 +124,7 @@ def main():
     )
     processor = load_processor(args)
     train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    plan_run(args, training_args, processor, train_dataset, eval_dataset, lora_config(args))
     trainer = Phi3VTrainer(
         model=load_model(args, training_args, lora_config(args)),
         args=training_args,

@@ -13,22 +13,22 @@ A consumer GPU: LoRA, or QLoRA with a 4-bit model:
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --batch_size 64 --use_lora --use_qlora
 
-Evaluated before and after, by accuracy: it and every generated text go to eval_before.json and
-eval_after.json, beside the model.
+Evaluated before and after, by accuracy, into eval_before.json and eval_after.json, texts included.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from datasets import Image
-from peft import LoraConfig
 
 from phi3v.data import Records, load_rows, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy
+from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 CAULDRON = "HuggingFaceM4/the_cauldron"
 CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
@@ -47,7 +47,7 @@ def get_arguments():
 def load_datasets(args) -> tuple[Records, Records]:
     """Records for training and for evaluation."""
     name, n = args.dataset_name_or_path, args.num_eval_rows
-    if os.path.isfile(f"{name}/train.json"):
+    if Path(name, "train.json").is_file():
         train = load_rows(f"{name}/train.json", OFFICIAL_COLUMNS)
         evaluation = load_rows(f"{name}/{args.eval_file}", OFFICIAL_COLUMNS)
         to_record = partial(official_record, paths=find_images(name))
@@ -83,11 +83,8 @@ def official_record(row: dict, paths: dict[str, list[str]]) -> dict:
         raise ValueError(f"needs one {pair}-img0.png and one -img1.png, and there is {images}")
     if str(row["label"]) not in ("True", "False"):
         raise ValueError("label must be True or False")
-    turn = {
-        "images": [path for [path] in images],
-        "user": f"{row['sentence']} Is this true or false?",
-        "assistant": str(row["label"]),
-    }
+    question = f"{row['sentence']} Is this true or false?"
+    turn = {"images": [path for [path] in images], "user": question, "assistant": str(row["label"])}
     return {"id": row["identifier"], "source": "nlvr2", "conversations": [turn]}
 
 
@@ -126,6 +123,7 @@ def main():
     )
     processor = load_processor(args)
     train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    plan_run(args, training_args, processor, train_dataset, eval_dataset, lora_config(args))
     trainer = Phi3VTrainer(
         model=load_model(args, training_args, lora_config(args)),
         args=training_args,

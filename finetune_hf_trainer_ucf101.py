@@ -33,11 +33,12 @@ eval_after.json, beside the model.
 
 from pathlib import Path
 
-from peft import LoraConfig
-
 from phi3v.data import Records, load_records, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy
+from phi3v.training.plan import plan_run
+
+from peft import LoraConfig
 
 
 def get_arguments():
@@ -99,6 +100,7 @@ def main():
     )
     processor = load_processor(args)
     train_dataset, eval_dataset = prepare(*load_datasets(args), processor, args)
+    plan_run(args, training_args, processor, train_dataset, eval_dataset, lora_config(args))
     trainer = Phi3VTrainer(
         model=load_model(args, training_args, lora_config(args)),
         args=training_args,

@@ -22,6 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from phi3v import Phi3VConfig, Phi3VForCausalLM
 from phi3v.model.modeling_phi3_v import Phi3VImageEmbedding
 
+from peft import PeftModel
+
 CROP = 336
 
 
@@ -116,3 +118,17 @@ class BaselineForCausalLM(Phi3VForCausalLM):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+
+def use_side(model: Phi3VForCausalLM | PeftModel, side: str, attention: str) -> None:
+    """
+    Let a model that was loaded as ours compute as the `side` does, "ours" with this `attention` or
+    "baseline", with the same weights. The two have no state but these.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    classes = {
+        "ours": (Phi3VForCausalLM, Phi3VImageEmbedding),
+        "baseline": (BaselineForCausalLM, BaselineImageEmbedding),
+    }
+    base.__class__, base.model.vision_embed_tokens.__class__ = classes[side]
+    base.set_attn_implementation("eager" if side == "baseline" else attention)

@@ -19,23 +19,23 @@ import torch
 from benchmarks.baseline import BaselineForCausalLM
 from benchmarks.models import SIZES, save_random
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
-from benchmarks.training_step import LABELS, make_batch
+from benchmarks.training_step import LABELS, TOKENS, collate, to_device
 from phi3v import Phi3VForCausalLM
 from phi3v.training.attention import attending_to_padding
 
 
-def make_prompts(config, count: int, device: str, dtype: torch.dtype) -> list[dict]:
+def make_prompts(count: int, device: str, dtype: torch.dtype) -> list[dict]:
     """Prompts that end where the answer begins, each of its own length and pixels."""
     prompts = []
     for number in range(count):
-        batch = make_batch(config, 2443 - 4 * number, device, dtype, seed=number)
+        batch = to_device(collate(TOKENS - 4 * number, seed=number), device, dtype)
         input_ids = batch["input_ids"][:, :-LABELS]
         prompts.append(
             {
                 "input_ids": input_ids,
                 "attention_mask": torch.ones_like(input_ids),
                 "pixel_values": batch["pixel_values"],
-                "image_sizes": batch["image_sizes"],
+                "image_sizes": torch.as_tensor(batch["image_sizes"]),
             }
         )
     return prompts
@@ -91,7 +91,7 @@ def main():
             for name, (kind, attention) in kinds.items()
         }
     config = models["ours"].config
-    prompts = make_prompts(config, args.samples, device, dtype)
+    prompts = make_prompts(args.samples, device, dtype)
     batches = [
         join(prompts[first : first + args.batch_size], config.pad_token_id)
         for first in range(0, len(prompts), args.batch_size)

@@ -26,7 +26,7 @@ from transformers import AutoProcessor
 from benchmarks.models import SIZES, make_config, save_random
 from benchmarks.preprocessing import KINDS, make_file, read
 from benchmarks.side_by_side import make_parser, report, spread
-from benchmarks.training_step import make_batch, process_memory, run
+from benchmarks.training_step import collate, process_memory, run, to_device
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collators import TrainingCollator
 from phi3v.data.formats import load_records
@@ -144,7 +144,7 @@ def step_in_child(size: str, steps: int) -> None:
     config = make_config(size)
     model = Phi3VForCausalLM(config).train()
     model.config._attn_implementation = "sdpa"
-    batch = make_batch(config, 2443, "cpu", torch.float32)
+    batch = to_device(collate(), "cpu", torch.float32)
     seconds = step_seconds(DistributedDataParallel(model), batch, steps)
     if dist.get_rank() == 0:
         print(json.dumps(seconds))
@@ -178,9 +178,8 @@ def cluster_rows(args: argparse.Namespace) -> list[list[str]]:
     with torch.device("meta"):
         model = Phi3VForCausalLM(make_config("full"))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    batch = {**make_batch(model.config, 2443, "cpu", torch.bfloat16), "lengths": [2443]}
     flops = training_flops(model)
-    work = sum(flops[unit] * count for unit, count in count_units(batch).items())
+    work = sum(flops[unit] * count for unit, count in count_units(collate()).items())
     sample = work / (args.peak * 1e12 * args.mfu)
     rows = []
     for gpus in (8, 16, 64, 256, 1024):

@@ -4,11 +4,12 @@ python docs/trl_sft.py --model_name_or_path MODEL --dataset_name DATA --output_d
 """
 
 from datasets import load_dataset
-from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 import phi3v  # noqa: F401  registers the classes
+
+from peft import LoraConfig
 
 script, args, model = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
 args.max_length = None  # cut, a prompt would lose places of its images

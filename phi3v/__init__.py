@@ -3,6 +3,8 @@ Phi-3.5-vision for transformers 5. Importing this package registers its classes 
 classes.
 """
 
+import logging
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -31,3 +33,8 @@ Phi3VConfig.register_for_auto_class()
 Phi3VForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Phi3VImageProcessor.register_for_auto_class()
 Phi3VProcessor.register_for_auto_class()
+
+# On CPUs with AVX512-BF16, bitsandbytes 0.50, which PEFT imports, advises at its import to install
+# a kernel for 4 bits on the CPU, whatever is trained ("Failed to load CPU gemm_4bit_forward"). It
+# can go when that is said where the kernel would be used.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

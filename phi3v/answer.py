@@ -34,7 +34,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
 from transformers import TrainingArguments
 
 from .answer_file import answer_file
@@ -49,6 +48,8 @@ from .training.generation import generate
 from .training.hardware import gpu_problems
 from .training.launch import TIMEOUT, init_after_restart, quieten
 from .training.loading import load_processor, load_weights, model_folder, quantization_config
+
+from peft import PeftConfig, PeftModel
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 GRADIO = "gradio>=6"

@@ -615,6 +615,28 @@ MUTANTS = [
         "use_rslora=False",
         "test_training",
     ),
+    # ---- The plan
+    Mutant(
+        "plan: gradients of earlier micro-batches are not there",
+        "phi3v/training/memory.py",
+        "if self.setup.accumulation > 1 and not partitioned:",
+        "if False:",
+        "test_plan",
+    ),
+    Mutant(
+        "plan: activations that are freed still count",
+        "phi3v/training/memory.py",
+        "        self.live[self.parts.pop(key)] -= size",
+        "        self.parts.pop(key)",
+        "test_plan",
+    ),
+    Mutant(
+        "plan: the evaluation's batch is what the flag says",
+        "phi3v/training/plan.py",
+        "        rows //= 2\n",
+        "        break\n",
+        "test_plan",
+    ),
     # ---- GPUs, as far as fake ones show
     Mutant(
         "gpu: the model asks the device where images stand",

@@ -11,7 +11,6 @@ import psutil
 import pytest
 import torch
 import transformers
-from peft import LoraConfig
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +21,8 @@ from phi3v.answer import main
 from phi3v.data.formats import UNANSWERED
 from phi3v.errors import DataError, RunError
 from phi3v.training.loading import add_adapters, load_weights, quantization_config
+
+from peft import LoraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 TOKENS = 8

@@ -2,20 +2,23 @@
 
 import importlib
 import json
+import re
 import shlex
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks.baseline import BaselineForCausalLM, preprocess
+from benchmarks import gpu
+from benchmarks.baseline import BaselineForCausalLM, preprocess, use_side
 from benchmarks.scaling import memory_gb
 from benchmarks.side_by_side import in_turns, ratios, spread
-from benchmarks.training_step import LORA
+from benchmarks.training_step import LABELS, LORA, SLICES, collate, extrapolate
 from conftest import GOLDEN, REPO
 from golden_util import make_image
 from helpers.forward_cases import CASES, WITH_LOSS, case_inputs, check_outputs, rows
-from phi3v import Phi3VImageProcessor
+from phi3v import Phi3VForCausalLM, Phi3VImageProcessor
 from phi3v.training.loading import add_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -124,6 +127,67 @@ def test_turns_are_taken_and_compared_round_by_round():
     assert spread([3, 1, 2]) == "2.00 (1.00 to 3.00)"
 
 
+def test_one_model_takes_both_sides(tiny_checkpoint, forward_cases):
+    """The benchmark's sides have the same weights and the same loss, by code of their own."""
+    case = forward_cases["single_small"]
+    model = Phi3VForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).train()
+    attention = []
+    for side in ("ours", "baseline", "ours"):
+        use_side(model, side, "sdpa")
+        with torch.profiler.profile() as profiler:
+            loss = model(**case_inputs(case), labels=rows(case["labels_rle"])).loss
+        assert loss.item() == pytest.approx(case["loss"], abs=1e-4)
+        attention.append(any("dot_product" in event.key for event in profiler.key_averages()))
+    assert attention == [True, False, True]
+
+
+def test_the_whole_is_calculated_from_slices():
+    """Time and memory are linear in the layers of the decoder and those of CLIP."""
+    slices = [5 + 3 * decoder + 2 * clip for decoder, clip in SLICES]
+    assert extrapolate(slices, (32, 24)) == pytest.approx(5 + 3 * 32 + 2 * 24)
+
+
+@pytest.mark.parametrize("tokens", [2443, 2546])
+def test_the_page_is_docvqas(tokens):
+    """15 crops and the global one, and exactly so many tokens and labels."""
+    batch = collate(tokens)
+    assert batch["lengths"] == [tokens] and list(batch["image_sizes"]) == [[5 * 336, 3 * 336]]
+    assert len(batch["shift_labels"]) == LABELS
+
+
+@pytest.mark.parametrize("variants", [(), ("2 packed",)])
+def test_cases_of_the_gpu_table(tmp_path, monkeypatch, variants):
+    """A case trains as the recipe does, and its row says how fast, by which attention."""
+    monkeypatch.setattr(gpu, "STEPS", 1)
+    monkeypatch.setattr(sys, "argv", [])
+    case = (gpu.LORA, variants)
+    result = gpu.train(importlib.import_module(gpu.RECIPE), case, "tiny", str(tmp_path))
+    assert result["images_per_second"] > 0 and "dot_product" in result["attention"]
+    cells = gpu.row(case, result, result["images_per_second"], "tiny")
+    assert len(cells) == len(gpu.HEADER) and cells[3] == "1.00x" and all(cells)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise MemoryError('CUDA out of memory. Tried to')", "out of memory"),
+        ("raise ValueError('a | b')", "failed: .*a / b"),
+        ("import time; input(); time.sleep(60)", "not done after 1 s"),
+        ("input(); print('noise'); print('{}')", None),
+    ],
+)
+def test_a_case_that_fails_costs_its_row_alone(program, message):
+    """What went wrong stands in the table, which goes on."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    result = gpu.finish(subprocess.Popen([sys.executable, "-c", program], text=True, **pipes), 1)
+    if message is None:
+        assert result == {}
+        return
+    assert re.match(message, result)
+    cells = gpu.row((gpu.FULL, ()), result, None, "full")
+    assert len(cells) == len(gpu.HEADER) and cells[2] == result
+
+
 def test_memory_of_a_cluster():
     """Mixed precision with AdamW takes 16 bytes a weight; ZeRO-2 keeps 2 of them on every GPU."""
     assert memory_gb(10**9, 1, "zero2") == memory_gb(10**9, 1, "zero3") == 16
@@ -144,10 +208,11 @@ def test_memory_of_a_cluster():
         ),
         (
             "training_step",
-            "--size tiny --rounds 1 --steps 1 --methods lora --checkpointing yes",
+            "--size tiny --rounds 1 --methods lora --checkpointing yes",
             "baseline, peak GB",
-            1,
+            4,
         ),
+        ("gpu", "--size tiny --device cpu --first 1", "data wait", 1),
         (
             "recipe_table",
             "--size tiny --batch_size 1 --steps 1 --methods 'full finetuning' LoRA "

@@ -263,9 +263,10 @@ def test_loss_scale_at_its_minimum(demo_checkpoint, tmp_path):
     """fp16 that overflows again and again ends the run; a scale that works does not."""
     trainer = make_trainer(arguments(demo_checkpoint, tmp_path))
     trainer.accelerator.scaler = SimpleNamespace(get_scale=lambda: 1024.0)
-    trainer.log({"loss": 1.0})
+    logs = {"loss": 1.0, "learning_rate": 1.0}
+    trainer.log(logs)
     trainer.accelerator.scaler.get_scale = lambda: 0.5
     with pytest.raises(RunError, match="Use --bf16 .* or lower --learning_rate"):
-        trainer.log({"loss": 1.0})
+        trainer.log(logs)
     text = explanation(Exception("Current loss scale already at minimum - cannot decrease"))
     assert "fp16 overflows" in text

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from helpers.records import image, record, turn
 from helpers.trainers import arguments, make_trainer
 from phi3v.data.collators import TrainingCollator
+
+from peft import PeftModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -23,7 +23,7 @@ from phi3v.training.attention import (
     attending_to_padding,
     packed_mask,
 )
-from phi3v.training.generation import _Cache
+from phi3v.training.generation import KeyCache
 from phi3v.training.loading import add_adapters
 from test_throughput import lora
 
@@ -192,7 +192,7 @@ def test_generation(demo_checkpoint, demo_processor, precision, attention, monke
     decoder = model.config.num_hidden_layers
     tower = model.config.vision_config.num_hidden_layers - 1
     with fake_gpu(), torch.no_grad(), autocast(precision), attending_to_padding(model):
-        batch, cache = to_gpu(batch), _Cache()
+        batch, cache = to_gpu(batch), KeyCache()
         batch["pixel_values"] = batch["pixel_values"].to(PRECISIONS[precision][0])
         with Watch() as prefill:
             model(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +12,8 @@ from phi3v import Phi3VConfig
 from phi3v.training.flops import peak_flops, training_flops
 from phi3v.training.loading import quantization_config
 from phi3v.training.throughput import Meter, count_batch
+
+from peft import LoraConfig, get_peft_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -26,6 +24,9 @@ from phi3v.training import RecipeParser, load_processor, trainer_arguments
 from phi3v.training.generation import generate
 from phi3v.training.loading import add_adapters
 from phi3v.training.metrics import accuracy
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

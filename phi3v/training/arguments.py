@@ -215,6 +215,14 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "output folder",
     )
 
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="GPUS",
+        help="print what the run will be, its memory, hours and disk space, and leave: on the GPUs "
+        'that are there, or on those named, like "8 x A100-80GB"',
+    )
     group = parser.add_argument_group("training")
     group.add_argument(
         "--output_dir",
@@ -320,13 +328,28 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
 
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--eval_batch_size_per_gpu", type=COUNT, default=8, help="prompts generated at a time"
+        "--eval_batch_size_per_gpu",
+        type=COUNT,
+        default=8,
+        help="most prompts generated at a time; fewer where the longest do not fit the GPU",
     )
     group.add_argument(
         "--eval_only", action="store_true", help="evaluate the model into eval_before.json and stop"
     )
     group.add_argument(
         "--eval_steps", type=COUNT, help="evaluate every so many steps too, into eval_step_<n>.json"
+    )
+    group.add_argument(
+        "--eval_samples",
+        type=COUNT,
+        help="evaluate between steps on so many samples, evenly spaced; before and after training "
+        "on all",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=COUNT,
+        help="end training after so many evaluations in a row that are not better than the best; "
+        "with --eval_steps, --load_best_model_at_end and --metric_for_best_model",
     )
     group.add_argument("--max_new_tokens", type=COUNT, default=64, help="longest generated answer")
 
@@ -345,6 +368,11 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--resume_from_checkpoint contradicts --eval_only and --overwrite_output_dir."
     if args.merge_lora and (args.eval_only or not args.use_lora):
         yield "--merge_lora needs --use_lora or --use_qlora, and a training."
+    keeps_best = args.others.get("load_best_model_at_end")
+    if args.early_stopping_patience and not (keeps_best and args.eval_steps):
+        yield "--early_stopping_patience needs --eval_steps and --load_best_model_at_end."
+    if keeps_best and "metric_for_best_model" not in args.others:
+        yield "--load_best_model_at_end needs --metric_for_best_model, one that is evaluated."
     pushes, when = args.others.get("push_to_hub"), args.others.get("hub_strategy", "end")
     if pushes and (args.eval_only or when != "end"):
         yield "--push_to_hub needs a training, at whose end it pushes: --hub_strategy can be end."
@@ -355,8 +383,9 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             "--vision_learning_rate and --projector_learning_rate have nothing to train under "
             "--freeze_vision_model."
         )
-    yield from gpu_problems(args)
-    yield from idle_gpus()
+    if args.plan is None:  # which may be of other GPUs, and without torchrun
+        yield from gpu_problems(args)
+        yield from idle_gpus()
     if args.use_liger and not is_liger_kernel_available():
         yield "--use_liger needs the package liger-kernel: pip install liger-kernel"
     if args.torch_compile and not _compiler():

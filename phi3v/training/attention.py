@@ -13,10 +13,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from peft import PeftModel
 
 # What transformers knows attention by, in the config. It takes a name with "flash" for one of its
 # own.

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from peft import PeftModel
 from transformers import TrainerState, TrainingArguments
 
 from ..distributed import on_first_rank, print_first, rank, world_size
 from ..errors import phase
 from .output_folder import LAST_RESULT, OutputFolder
+
+from peft import PeftModel
 
 EVALUATIONS = {"before": "eval_before.json", "after": LAST_RESULT}
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "huggingface_hub")

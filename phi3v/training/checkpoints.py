@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import TrainingArguments
 
 from ..data.images import image_source
@@ -27,6 +26,8 @@ from .card import push
 from .merging import merge_adapter, merged_dtype
 from .output_folder import COMPLETE, OutputFolder, incompleteness
 
+from peft import PeftModel
+
 FINGERPRINT_SAMPLES = 1000
 
 # Flags of all recipes that change neither the trained weights nor the order of the samples. A
@@ -35,7 +36,7 @@ HARMLESS = {
     *("output_dir", "tqdm", "dataloader_num_workers", "merge_lora", "skip_bad_samples"),
     *("eval_only", "eval_steps", "eval_batch_size_per_gpu", "max_new_tokens"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "overwrite_output_dir"),
-    *("gradient_checkpointing", "deepspeed"),
+    *("gradient_checkpointing", "deepspeed", "plan"),
 }
 # And what the weights depend on besides flags.
 TRAINING_ARGUMENTS = (

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from peft import PeftModel
 from torch import nn
+
+from peft import PeftModel
 
 # Dense (not sparse) 16-bit tensor core FLOP/s of NVIDIA's datasheets, by the words that a device's
 # name has to hold. The first entry that fits counts.
@@ -24,16 +25,35 @@ PEAK_FLOPS = {
     ("RTX", "4090"): 165.2e12,
     ("RTX", "3090"): 71e12,
 }
+# A GPU's memory where its name says no size; of two that there are, the smaller.
+GIGABYTES = {
+    ("B200",): 180,
+    ("H200",): 141,
+    ("H100",): 80,
+    ("A100",): 40,
+    ("A10",): 24,
+    ("L40S",): 48,
+    ("L4",): 24,
+    ("V100",): 16,
+    ("RTX", "8000"): 48,
+    ("RTX", "4090"): 24,
+    ("RTX", "3090"): 24,
+}
 # Other chips of nearly the same name, and slices of a GPU.
 OTHER_CHIPS = {"NVL", "Laptop", "Ti", "D", "MIG"}
 
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of `torch.cuda.get_device_name()` at its best; None where it is not known."""
+    return by_name(PEAK_FLOPS, device_name)
+
+
+def by_name(table: dict[tuple[str, ...], float], device_name: str) -> float | None:
+    """The entry of a table like `PEAK_FLOPS`."""
     words = set(re.split(r"[\s-]+", device_name))
     if words & OTHER_CHIPS:
         return None
-    return next((flops for name, flops in PEAK_FLOPS.items() if words.issuperset(name)), None)
+    return next((value for name, value in table.items() if words.issuperset(name)), None)
 
 
 def training_flops(model: nn.Module) -> dict[str, int]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, TrainingArguments
@@ -14,8 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 from ..data.collators import GenerationCollator
 from ..distributed import any_rank
 from ..errors import RunError
+from ..model.modeling_phi3_v import CACHE
 from ..model.processing_phi3_v import Phi3VProcessor
 from .attention import attending_to_padding
+
+from peft import PeftModel
 
 
 @torch.no_grad()
@@ -132,7 +134,7 @@ def _answer(
     # Whole on every rank, so under ZeRO-3 too none waits for another's tokens.
     output = model.generate(
         **batch,
-        past_key_values=_Cache(),
+        **{CACHE: KeyCache()},
         generation_config=config,
         synced_gpus=False,
         streamer=streamer,
@@ -164,7 +166,7 @@ def _size(record: dict) -> tuple[int, int]:
     return sum(len(turn["images"]) for turn in turns), sum(len(turn["user"]) for turn in turns)
 
 
-class _Cache(DynamicCache):
+class KeyCache(DynamicCache):
     """Keys in the precision of values: RoPE makes float32 of them where weights are float32."""
 
     def update(self, key_states, value_states, *args, **kwargs):

@@ -36,7 +36,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         recipe: fields of TrainingArguments, such as `optim`.
 
     Returns:
-        The arguments. `resume_from_checkpoint` is the checkpoint to go on from, or None.
+        The arguments. `resume_from_checkpoint` is the checkpoint to go on from, or None. With
+        --plan, the output folder and the hub are left alone.
 
     Raises:
         RunError: the settings, the DeepSpeed config or the output folder cannot be used.
@@ -46,6 +47,8 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
     deepspeed = deepspeed_path(args)
     if deepspeed:
         _check_deepspeed(args, deepspeed)
+    if args.plan is not None:
+        deepspeed = None  # a plan only reads its config
     with phase("starting the processes"):
         init_after_restart(on_gpu)
         if deepspeed:
@@ -77,25 +80,28 @@ def trainer_arguments(args: argparse.Namespace, **recipe: object) -> TrainingArg
         "ddp_find_unused_parameters": False,
         "ddp_timeout": int(TIMEOUT.total_seconds()),
         # Out of pinned memory, while the device computes.
-        "accelerator_config": {"non_blocking": True},
+        "accelerator_config": {"non_blocking": on_gpu},
         "dataloader_num_workers": (4 if on_gpu else 0) if workers is None else workers,
         "eval_strategy": "steps" if args.eval_steps else "no",
         "eval_steps": args.eval_steps,
         "save_strategy": "steps" if args.save_steps else "no",
         "save_steps": args.save_steps or 500,
+        # So that early stopping goes on counting.
+        "restore_callback_states_from_checkpoint": args.early_stopping_patience is not None,
         "hub_strategy": "end",
         # A loss that is not finite ends the run. In fp16 its step is skipped, so it is not logged.
         "logging_nan_inf_filter": on_gpu and not args.bf16,
         # Records reach the collator as they are.
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        # Without a bar, the Trainer prints on every machine; with one, on the first rank alone.
-        "disable_tqdm": not args.tqdm and first,
+        "disable_tqdm": not args.tqdm,
         "log_level": "warning",
         "log_level_replica": "error",
     }
     with phase("the training arguments"):
         training_args = TrainingArguments(**(recipe | from_flags | args.others))
+    if args.plan is not None:
+        return training_args
     print_first(
         f"{training_args.world_size} x {training_args.device.type}, {_precision(args, on_gpu)}, "
         f"{SHOWN[choose_attention(args)]}, "

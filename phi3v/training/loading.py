@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, GenerationConfig, TrainingArguments
@@ -32,6 +30,9 @@ from ..model.image_processing_phi3_v import Phi3VImageProcessor
 from ..model.modeling_phi3_v import Phi3VForCausalLM
 from ..model.processing_phi3_v import Phi3VProcessor
 from .attention import choose_attention
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_FILES = (
@@ -78,6 +79,12 @@ def load_processor(args: argparse.Namespace, adapter: Path | None = None) -> Phi
         )
         _check_processor(flag, processor, config)
     return processor
+
+
+def load_config(args: argparse.Namespace) -> Phi3VConfig:
+    """The config of --model_name_or_path. Weights need not be there."""
+    folder = model_folder(args.model_name_or_path, ["*.json"], args.model_revision)
+    return _load_config(f"--model_name_or_path {args.model_name_or_path}", folder)
 
 
 def model_folder(name: str, patterns: list[str], revision: str | None) -> Path:
@@ -229,11 +236,7 @@ def load_model(
                 module.support_avx512bf16_for_cpu = False
     if args.use_liger:
         use_fused_kernels(model)
-    if args.freeze_vision_model:
-        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
-        model.model.vision_embed_tokens.requires_grad_(False)
-    if args.use_lora:
-        model = add_adapters(model, lora)
+    model = freeze_and_adapt(model, args, lora)
     if args.torch_compile:
         compile_layers(model)
     # A shard of ZeRO-3 says in ds_numel how large the whole is.
@@ -242,6 +245,16 @@ def load_model(
         raise RunError("no parameter is left to train. Drop one of the flags that freeze.")
     print_first(f"{trained:,} trained parameters")
     return model
+
+
+def freeze_and_adapt(
+    model: Phi3VForCausalLM, args: argparse.Namespace, lora: LoraConfig | None
+) -> Phi3VForCausalLM | PeftModel:
+    """What is trained of `model`, by the flags."""
+    if args.freeze_vision_model:
+        # All that sees pixels: CLIP, the projection and the separators. Not the token embedding.
+        model.model.vision_embed_tokens.requires_grad_(False)
+    return add_adapters(model, lora) if args.use_lora else model
 
 
 def add_adapters(model: Phi3VForCausalLM, lora: LoraConfig) -> PeftModel:

@@ -3,13 +3,14 @@
 import argparse
 
 import torch
-from peft import PeftModel
 
 from ..distributed import print_first, rank
 from ..errors import RunError, first_line
 from ..model.processing_phi3_v import Phi3VProcessor
 from .loading import load_weights
 from .output_folder import OutputFolder
+
+from peft import PeftModel
 
 
 def merge_adapter(args: argparse.Namespace) -> None:

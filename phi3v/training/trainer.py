@@ -10,8 +10,15 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Subset
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -24,10 +31,13 @@ from .attention import packed_mask
 from .card import model_card, push
 from .checkpoints import take_over
 from .generation import generate
+from .log import Bar, LogLines
 from .merging import merge_adapter
 from .metrics import normalise
 from .output_folder import LAST_RESULT, OutputFolder
 from .throughput import Meter
+
+from peft import PeftModel
 
 # Loss scaling in fp16 starts at 65,536 and halves with every overflow; it recovers when they are
 # rare. Below this, nothing is learned.
@@ -80,7 +90,8 @@ class Phi3VTrainer(Trainer):
         self.choices = choices
         self.folder = OutputFolder(args.output_dir)
         self.stopping = False
-        self.saved_step: int | None = None  # of the last checkpoint
+        resumed = Path(args.resume_from_checkpoint or "").name.removeprefix("checkpoint-")
+        self.saved_step = int(resumed) if resumed.isdigit() else None  # of the last checkpoint
         self.saved = False  # the trained model
         self.last_generated = (None, None, None)  # step, records, answers
         self.losses: list[tuple[list[str], torch.Tensor]] = []  # of a step's micro-batches
@@ -100,6 +111,14 @@ class Phi3VTrainer(Trainer):
                 callbacks=[_Steps(self)],
                 **kwargs,
             )
+        for transformers_own in (PrinterCallback, ProgressCallback):
+            self.remove_callback(transformers_own)
+        if not args.disable_tqdm:
+            self.add_callback(Bar)
+        self.add_callback(LogLines)
+        if flags.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(flags.early_stopping_patience))
+        self.eval_subset = evenly(eval_dataset, flags.eval_samples)
         self.trackers = self._keep_trackers_open()
         self.meter = Meter(self.model, args.device)
         if not flags.eval_only:
@@ -239,7 +258,7 @@ class Phi3VTrainer(Trainer):
         accepted ones.
 
         Args:
-            file_name: `eval_step_<n>.json` by default.
+            file_name: `eval_step_<n>.json` by default, of --eval_samples.
 
         Returns:
             The metrics, their names prefixed, on every rank.
@@ -247,7 +266,8 @@ class Phi3VTrainer(Trainer):
         Raises:
             SystemExit: SIGTERM came; nothing is written. In training, a checkpoint is saved.
         """
-        records = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = self.eval_dataset if file_name else self.eval_subset
+        records = own if eval_dataset is None else eval_dataset
         file_name = file_name or f"eval_step_{self.state.global_step}.json"
         if self.is_in_train and self.control.should_save:
             # Before a long evaluation, so that a kill cannot cost the checkpoint.
@@ -290,10 +310,23 @@ class Phi3VTrainer(Trainer):
                 if self.saved:
                     self._save_state()
         if file_name == LAST_RESULT:
+            print_first(
+                f"Results: {self.args.output_dir}. Ask it: python -m phi3v.answer "
+                f'{self.args.output_dir} --image <file> "<question>"'
+            )
             self._end_trackers()
             if self.args.push_to_hub and not self.flags.merge_lora:
                 self.push_to_hub()
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """The Trainer's, for which the checkpoint of this step is written after its evaluation."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.saved_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(
+                self.folder.path / f"checkpoint-{self.state.global_step}"
+            )
+        return is_best
 
     def _generate(self, records: Sequence, desc: str) -> list[tuple[str, float | None]] | None:
         step, theirs, generated = self.last_generated
@@ -408,6 +441,13 @@ class Phi3VTrainer(Trainer):
         push(self.folder, self.args)
 
 
+def evenly(records: Sequence, count: int | None) -> Sequence:
+    """`count` of the records, evenly spaced; all of them without one, or where there are fewer."""
+    if count is None or count >= len(records):
+        return records
+    return Subset(records, [len(records) * i // count for i in range(count)])
+
+
 class _Steps(TrainerCallback):
     """Tells the trainer what it has no method for: that training begins, and that a step ends."""
 
@@ -423,7 +463,7 @@ class _Steps(TrainerCallback):
         if due and not any(
             "eval_runtime" in entry and entry["step"] == step for entry in state.log_history
         ):
-            self.trainer.evaluate()
+            self.trainer._determine_best_metric(self.trainer.evaluate(), trial=None)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.after_step()
