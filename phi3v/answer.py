@@ -1,10 +1,10 @@
 """
 Ask a model about images: one that was trained, an adapter, or the one to start from.
 
-One question, whose answer alone goes to stdout; images come in the order of their flags:
+One question, whose answer alone goes to stdout:
 
     python -m phi3v.answer MODEL --image page.jpg "What is the total?"
-    python -m phi3v.answer MODEL --image a.jpg --image b.jpg "Which one is older?"
+    python -m phi3v.answer MODEL --image a.jpg b.jpg "Which one is older?"
 
 A file of questions, to a file of answers in the same order. It may be interrupted at any time: the
 same command goes on with what is missing.
@@ -72,7 +72,7 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model_name_or_path", metavar="MODEL", help="hub id or folder")
     parser.add_argument("question", metavar="QUESTION", nargs="?", help="to be answered on stdout")
     add = parser.add_argument
-    add("--image", metavar="FILE", action="append", default=[], help="of QUESTION; once for each")
+    add("--image", metavar="FILE", nargs="+", action="extend", help="that QUESTION is about")
     add("--file", metavar="FILE", help="questions, one JSON object per line, or a JSON list")
     add("--image_dir", metavar="DIR", help="that image paths are relative to (default: FILE's)")
     add("--output", metavar="FILE", help="where the answers to --file go")
@@ -100,6 +100,9 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-tqdm", dest="tqdm", action="store_false", default=True, help="no progress bar")
     args = parser.parse_intermixed_args(argv)
+    args.image = args.image or []
+    if len(args.image) > 1 and args.question is None and not os.path.isfile(args.image[-1]):
+        args.question = args.image.pop()  # --image takes every word that follows
     # MODEL as it is called in messages and answers; an adapter's base takes its place.
     args.model, args.bf16 = args.model_name_or_path.rstrip("/"), args.use_flash_attention
     if args.file and args.image_dir is None:

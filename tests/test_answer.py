@@ -88,10 +88,16 @@ def test_the_answer_alone_is_printed(demo_checkpoint, demo_processor, images, ca
     for names in (["0.png"], ["0.png", "2.png"], ["2.png", "0.png"], []):
         paths = [images / name for name in names]
         expected = plain_answer(model, demo_processor, "What is it?", *paths)
-        flags = [word for path in paths for word in ("--image", path)]
-        capfd.readouterr()
-        answer(demo_checkpoint, *flags, "What is it?")
-        assert capfd.readouterr() == (f"{expected}\n", "")
+        together = ["--image", *paths] if paths else []
+        apart = [word for path in paths for word in ("--image", path)]
+        for words in (
+            [*together, "What is it?"],
+            ["What is it?", *together],
+            ["What is it?", *apart],
+        ):
+            capfd.readouterr()
+            answer(demo_checkpoint, *words)
+            assert capfd.readouterr() == (f"{expected}\n", "")
         found.add(expected)
     assert len(found) >= 3, "answers should tell prompts apart"
 
@@ -155,6 +161,9 @@ def test_precisions_of_a_gpu(adapter, images, monkeypatch, capsys, dtype, flags)
         ((), "give one of QUESTION, --file and --serve"),
         (("What?", "--serve"), "give one of QUESTION, --file and --serve"),
         (("What?", "--image", "none.png"), "--image 'none.png' is no file"),
+        (("--image", "none.png", "What?"), "--image 'none.png' is no file"),
+        (("--image", "none.png"), "give one of QUESTION, --file and --serve"),
+        (("--image", __file__, __file__), "give one of QUESTION, --file and --serve"),
         (("--serve", "--image", __file__), "--image belongs to a QUESTION"),
         (("--file", __file__), "--file and --output belong together"),
         (
