@@ -20,6 +20,7 @@ from helpers.launcher import Launcher, torchrun
 from phi3v.answer import main
 from phi3v.data.formats import UNANSWERED
 from phi3v.errors import DataError, RunError
+from phi3v.model.processing_phi3_v import Phi3VProcessor
 from phi3v.training.loading import add_adapters, load_weights, quantization_config
 
 from peft import LoraConfig
@@ -46,8 +47,8 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(demo_checkpoint, demo_processor, tmp_path_factory) -> Path:
-    """An adapter's folder as a recipe leaves it, which changes answers."""
+def adapter(demo_checkpoint, tmp_path_factory) -> Path:
+    """An adapter's folder as a recipe leaves it, which changes answers, with crops of its own."""
     torch.manual_seed(0)
     base = load_weights(str(demo_checkpoint), torch.float32)
     model = add_adapters(base, LoraConfig(r=4, lora_alpha=64, target_modules=["qkv_proj"]))
@@ -56,7 +57,7 @@ def adapter(demo_checkpoint, demo_processor, tmp_path_factory) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
-    demo_processor.save_pretrained(folder)
+    Phi3VProcessor.from_pretrained(demo_checkpoint, num_crops=4).save_pretrained(folder)
     return folder
 
 
@@ -102,16 +103,28 @@ def test_the_answer_alone_is_printed(demo_checkpoint, demo_processor, images, ca
     assert len(found) >= 3, "answers should tell prompts apart"
 
 
+@pytest.mark.slow
+def test_libraries_are_silent(launcher: Launcher, demo_checkpoint, demo_processor, images):
+    """Neither stdout nor stderr has anything else, from the first import on."""
+    model = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
+    expected = plain_answer(model, demo_processor, "What is it?", images / "0.png")
+    words = ("--image", images / "0.png", "What is it?", *SHORT)
+    said = launcher.run("-m", "phi3v.answer", demo_checkpoint, *words, cwd=REPO)
+    assert said == f"{expected}\n"
+
+
 def test_an_adapter_finds_its_base(
     demo_checkpoint, demo_processor, adapter, images, tmp_path, capsys
 ):
     """By the name in its config, or by --base where that has moved. Its own processor is taken."""
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
-    plain = plain_answer(model, demo_processor, "What is it?", images / "0.png")
+    own = Phi3VProcessor.from_pretrained(adapter)
+    asked = ("What is it?", images / "2.png")
+    plain = plain_answer(model, own, *asked)
     model.load_adapter(adapter)
-    expected = plain_answer(model, demo_processor, "What is it?", images / "0.png")
-    assert expected != plain
-    question = ("--image", images / "0.png", "What is it?")
+    expected = plain_answer(model, own, *asked)
+    assert expected not in (plain, plain_answer(model, demo_processor, *asked))
+    question = ("--image", images / "2.png", "What is it?")
     answer(adapter, *question)
     assert capsys.readouterr().out == f"{expected}\n"
 
