@@ -63,7 +63,7 @@ def charts(runs: list[Run]) -> Iterator[Chart]:
         yield Chart("ROC curve", partial(_roc, runs=runs), 1.3 * HEIGHT)
     scored = [None if classes_of(run) else _histogram_of_scores(run) for run in runs]
     if any(scored):
-        yield Chart("ANLS of a sample", partial(_bars, parts=scored, label="ANLS"))
+        yield Chart("ANLS of a sample", partial(_bars, parts=scored, label="ANLS, 0 to 1"))
     lengths = [_histogram_of_lengths(run) for run in runs]
     if any(lengths):
         yield Chart("Length of a training sample", partial(_bars, parts=lengths, label="tokens"))
@@ -125,6 +125,8 @@ def _metric(axes: Axes, runs: list[Run], name: str) -> None:
             place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{value:.3f}", (step, value), **place)
     axes.margins(0.12, 0.2)
+    if all(0 <= value <= 1 for line in axes.lines for value in line.get_ydata()):
+        axes.set_ylim(-0.05, 1.15)
     _steps(axes)
 
 
@@ -133,8 +135,8 @@ def _curve(axes: Axes, runs: list[Run], field: str) -> None:
         steps, values = (_thinned(each) for each in run.curve(field))
         marker = "o" if len(steps) <= 3 else None
         axes.plot(steps, values, marker=marker, linewidth=1.5, color=COLOURS[number % 6])
-    axes.margins(x=0.02, y=0.1)
-    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     _steps(axes)
 
 
@@ -210,17 +212,18 @@ def _roc(axes: Axes, runs: list[Run]) -> None:
     axes.set(xlabel="false positives, share", ylabel="true positives, share")
 
 
-Histogram = tuple[list[float], list[int], float]  # where bars begin, their counts, their width
+Histogram = tuple[np.ndarray, list[int], float]  # where bars begin, their counts, their width
 
 
 def _histogram_of_scores(run: Run) -> Histogram:
     counts, edges = np.histogram([a.score for a in run.last.answers.values()], 20, (0, 1))
-    return edges[:-1].tolist(), counts.tolist(), 0.05
+    return edges[:-1], counts.tolist(), 0.05
 
 
 def _histogram_of_lengths(run: Run) -> Histogram | None:
     if lengths := run.summary("train_lengths"):
-        return lengths["from"], lengths["samples"], lengths["width"]
+        # A bar of width 1 stands above its number.
+        return np.subtract(lengths["from"], 0.5), lengths["samples"], lengths["width"]
     return None
 
 
@@ -230,5 +233,6 @@ def _bars(axes: Axes, parts: list[Histogram | None], label: str) -> None:
             starts, counts, width = part
             shares, style = np.divide(counts, sum(counts)), {"alpha": 0.9 if number == 0 else 0.6}
             axes.bar(starts, shares, width, align="edge", color=COLOURS[number % 6], **style)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=width >= 1))
     axes.set(xlabel=label, ylabel="share of samples")
     axes.grid(False, axis="x")

@@ -12,6 +12,7 @@ import argparse
 import base64
 import io
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from .results import Answer, Run, read_run
 from .training.output_folder import PAGE, PICTURE, REPORT_DATA, OutputFolder
 
 SAMPLES, MISTAKES = 24, 16  # at most so many samples, and so many mistakes while others are there
-SIDE = 240  # pixels of a sample's picture
+SIDE = 240  # pixels of a sample's image; of several ones, half of it
+MOST_TEXT = 240  # characters of a question or an answer
 CSS = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent) }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 1240px; margin: auto; padding: 0 16px 32px;
@@ -43,9 +45,10 @@ figcaption { font-weight: 600; margin-bottom: 8px }
 .table { overflow-x: auto; margin-bottom: 24px }
 table { border-collapse: collapse; overflow-wrap: normal }
 td, th { padding: 4px 16px 4px 0; text-align: left; border-bottom: 1px solid var(--line) }
-td { font-variant-numeric: tabular-nums; white-space: nowrap }
+td { font-variant-numeric: tabular-nums }
 pre { white-space: pre-wrap; padding: 12px; border: 1px solid var(--line); border-radius: 8px }
-img { display: block; max-width: 100%; margin: 0 auto 8px; border-radius: 4px }
+.images { display: flex; flex-wrap: wrap; gap: 4px; justify-content: center; margin-bottom: 8px }
+img { max-width: 100%; border-radius: 4px }
 article p { margin: 0 0 8px; white-space: pre-line }
 article small { opacity: 0.75 }
 .wrong { border-top: 4px solid #ef4444 }
@@ -96,45 +99,29 @@ def write_report(
 
 
 def choose(answers: list[Answer]) -> list[int]:
-    """Which samples to show: at most SAMPLES, mistakes first, evenly spaced."""
+    """Which samples to show: at most SAMPLES, mistakes first, drawn by chance."""
     wrong = [index for index, answer in enumerate(answers) if not answer.right]
     right = [index for index, answer in enumerate(answers) if answer.right]
-    shown = evenly(wrong, max(MISTAKES, SAMPLES - len(right)))
-    return shown + evenly(right, SAMPLES - len(shown))
+    draw = random.Random(0).sample
+    shown = draw(wrong, min(len(wrong), max(MISTAKES, SAMPLES - len(right))))
+    return sorted(shown) + sorted(draw(right, min(len(right), SAMPLES - len(shown))))
 
 
-def evenly(items: list[int], count: int) -> list[int]:
-    """At most `count` of the items."""
-    if len(items) <= count:
-        return items
-    return [items[len(items) * number // count] for number in range(count)]
-
-
-def sample(record: dict) -> dict[str, str]:
-    """A record's id, its last question, and up to four of its images as one."""
+def sample(record: dict) -> dict[str, object]:
+    """A record's id, its last question, and up to four of its images, each a WebP in base64."""
     images = load_images(record)
-    images = [images[index] for index in evenly([*range(len(images))], 4)]
+    images = images[:: -(-len(images) // 4) or 1]
+    side = SIDE if len(images) < 2 else SIDE // 2
     return {
         "id": record["id"],
         "question": record["conversations"][-1]["user"],
-        "image": thumbnail(images) if images else "",
+        "images": [thumbnail(image, side) for image in images],
     }
 
 
-def thumbnail(images: list[Image.Image]) -> str:
-    """One to four images in a square, as a WebP in base64."""
-    columns = 1 if len(images) == 1 else 2
-    side = SIDE // columns
-    small = [ImageOps.contain(image.convert("RGB"), (side, side)) for image in images]
-    widths, heights = zip(*(image.size for image in small), strict=True)
-    rows = range(0, len(small), columns)
-    tops = [sum(max(heights[r : r + columns]) for r in rows if r < row) for row in rows]
-    size = (max(widths) * columns, tops[-1] + max(heights[rows[-1] :]))
-    whole = Image.new("RGBA", size)
-    for number, image in enumerate(small):
-        whole.paste(image, (number % columns * max(widths), tops[number // columns]))
+def thumbnail(image: Image.Image, side: int) -> str:
     file = io.BytesIO()
-    whole.save(file, "WEBP", quality=60)
+    ImageOps.contain(image.convert("RGB"), (side, side)).save(file, "WEBP", quality=60)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -227,24 +214,29 @@ def _samples(runs: list[Run], names: list[str]) -> str:
     return f'{heading}<div class="grid samples">{cards}</div>' if cards else ""
 
 
-def _card(sample: dict[str, str], said: list[tuple[str, dict[str, Answer]]]) -> str:
+def _card(sample: dict, said: list[tuple[str, dict[str, Answer]]]) -> str:
     found = [(who, a[sample["id"]]) for who, a in said if sample["id"] in a]
     lines = "".join(
-        f"<p><small>{who}</small> {'✓' if answer.right else '✗'} {escape(answer.text) or '—'}"
+        f"<p><small>{who}</small> {'✓' if answer.right else '✗'} {cut(answer.text) or '—'}"
         + ("" if answer.probability is None else f" <small>{answer.probability:.3f}</small>")
         + "</p>"
         for who, answer in found
     )
-    answers = escape(" | ".join(found[-1][1].answers))
-    image = sample["image"] and (
-        f'<img alt="" src="data:image/webp;base64,{escape(sample["image"])}">'
+    answers = cut(" | ".join(found[-1][1].answers))
+    images = "".join(
+        f'<img alt="" src="data:image/webp;base64,{escape(image)}">' for image in sample["images"]
     )
     kind = "right" if found[-1][1].right else "wrong"
     return (
-        f'<article class="{kind}">{image}<p>{escape(sample["question"])}</p>'
-        f"<p><small>answer</small> {answers}</p>{lines}"
+        f'<article class="{kind}"><div class="images">{images}</div>'
+        f"<p>{cut(sample['question'])}</p><p><small>answer</small> {answers}</p>{lines}"
         f"<small>{escape(sample['id'])}</small></article>"
     )
+
+
+def cut(text: str) -> str:
+    """A text that takes no more than its share of a page, escaped; the whole is in eval_*.json."""
+    return escape(text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…")
 
 
 def _about(run: Run, name: str) -> str:

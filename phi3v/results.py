@@ -47,7 +47,7 @@ class Run:
         log: entries of trainer_state.json.
         about, command: how the model came about, and the command line.
         choices: the two answers that probabilities are of, if there are any.
-        samples: `id`, `question` and `image`, a WebP in base64, of some samples.
+        samples: `id`, `question` and `images`, each a WebP in base64.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Run:
     about: list[str]
     command: str
     choices: list[str]
-    samples: list[dict[str, str]]
+    samples: list[dict]
 
     @property
     def last(self) -> Evaluation:
