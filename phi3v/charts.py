@@ -57,7 +57,7 @@ def charts(runs: list[Run]) -> Iterator[Chart]:
         if classes := classes_of(run):
             of = f" of {run.name}" if len(runs) > 1 else ""
             title = f"Confusion matrix{of}, {run.last.label}"
-            draw = partial(_confusion, run=run, classes=classes, colour=COLOURS[number % 6])
+            draw = partial(_confusion, run=run, classes=classes, tint=colour(number))
             yield Chart(title, draw, 1.3 * HEIGHT)
     if any(positives(run) for run in runs):
         yield Chart("ROC curve", partial(_roc, runs=runs), 1.3 * HEIGHT)
@@ -67,6 +67,11 @@ def charts(runs: list[Run]) -> Iterator[Chart]:
     lengths = [_histogram_of_lengths(run) for run in runs]
     if any(lengths):
         yield Chart("Length of a training sample", partial(_bars, parts=lengths, label="tokens"))
+
+
+def colour(number: int) -> str:
+    """Of a run."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def svg(chart: Chart) -> str:
@@ -116,12 +121,13 @@ def _style(ink: str) -> Iterator[None]:
 
 
 def _metric(axes: Axes, runs: list[Run], name: str) -> None:
-    """A metric of every evaluation; the first and the last one in figures."""
+    """A metric of every evaluation; of one run, the first and the last in figures."""
     for number, run in enumerate(runs):
         points = [(e.step, e.metrics[name]) for e in run.evaluations if name in e.metrics]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % 6])
-        for step, value in {points[0], points[-1]} if points else ():
+            axes.plot(*zip(*points, strict=True), "o-", color=colour(number))
+        # Those of several runs would cover each other; the page has a table of them.
+        for step, value in {points[0], points[-1]} if points and len(runs) == 1 else ():
             place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{value:.3f}", (step, value), **place)
     axes.margins(0.12, 0.2)
@@ -134,7 +140,7 @@ def _curve(axes: Axes, runs: list[Run], field: str) -> None:
     for number, run in enumerate(runs):
         steps, values = (_thinned(each) for each in run.curve(field))
         marker = "o" if len(steps) <= 3 else None
-        axes.plot(steps, values, marker=marker, linewidth=1.5, color=COLOURS[number % 6])
+        axes.plot(steps, values, marker=marker, linewidth=1.5, color=colour(number))
     axes.margins(x=0.02)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     _steps(axes)
@@ -162,7 +168,7 @@ def classes_of(run: Run) -> list[str]:
     return classes if few and all(len(row.answers) == 1 for row in rows) else []
 
 
-def _confusion(axes: Axes, run: Run, classes: list[str], colour: str) -> None:
+def _confusion(axes: Axes, run: Run, classes: list[str], tint: str) -> None:
     """True classes are rows; a predicted one that is none of them goes to the last column."""
     counts = np.zeros((len(classes), len(classes) + 1), int)
     for row in run.last.answers.values():
@@ -172,7 +178,7 @@ def _confusion(axes: Axes, run: Run, classes: list[str], colour: str) -> None:
     columns = [*classes, OTHER] if counts[:, -1].any() else classes
     counts = counts[:, : len(columns)]
     cells = np.zeros((*counts.shape, 4))
-    cells[..., :3] = matplotlib.colors.to_rgb(colour)
+    cells[..., :3] = matplotlib.colors.to_rgb(tint)
     # By transparency, so that a light or dark page is what 0 looks like.
     cells[..., 3] = 0.7 * counts / counts.sum(1, keepdims=True)
     axes.imshow(cells, interpolation="none", aspect="auto")
@@ -207,7 +213,7 @@ def _roc(axes: Axes, runs: list[Run]) -> None:
     for number, run in enumerate(runs):
         if found := positives(run):
             false, true, _ = roc_curve(*zip(*found, strict=True))
-            axes.plot(false, true, color=COLOURS[number % 6], clip_on=False)
+            axes.plot(false, true, color=colour(number), clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set(xlabel="false positives, share", ylabel="true positives, share")
 
@@ -232,7 +238,7 @@ def _bars(axes: Axes, parts: list[Histogram | None], label: str) -> None:
         if part:
             starts, counts, width = part
             shares, style = np.divide(counts, sum(counts)), {"alpha": 0.9 if number == 0 else 0.6}
-            axes.bar(starts, shares, width, align="edge", color=COLOURS[number % 6], **style)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=width >= 1))
+            axes.bar(starts, shares, width, align="edge", color=colour(number), **style)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=width >= 1, min_n_ticks=1))
     axes.set(xlabel=label, ylabel="share of samples")
     axes.grid(False, axis="x")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from .charts import COLOURS, NUMBERED, charts, classes_of, png, svg
+from .charts import NUMBERED, charts, classes_of, colour, png, svg
 from .data.images import load_images
 from .errors import RunError, phase
 from .results import Answer, Run, read_run
@@ -30,6 +30,7 @@ from .training.output_folder import PAGE, PICTURE, REPORT_DATA, OutputFolder
 SAMPLES, MISTAKES = 24, 16  # at most so many samples, and so many mistakes while others are there
 SIDE = 240  # pixels of a sample's image; of several ones, half of it
 MOST_TEXT = 240  # characters of a question or an answer
+NOTHING = "—"
 CSS = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent) }
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 1240px; margin: auto; padding: 0 16px 32px;
@@ -130,16 +131,17 @@ def thumbnail(image: Image.Image, side: int) -> str:
 
 def page(runs: list[Run]) -> str:
     """The report of one run, or of several."""
-    title = escape(" / ".join(run.name for run in runs))
-    keys = [f'<span class="key" style="--key: {COLOURS[n % 6]}">' for n in range(len(runs))]
+    title = escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side")
+    keys = [f'<span class="key" style="--key: {colour(n)}">' for n in range(len(runs))]
     names = [f"{key}{escape(run.name)}</span>" for key, run in zip(keys, runs, strict=True)]
-    figures = "".join(
+    figures = (
         f"<figure><figcaption>{escape(chart.title)}</figcaption>{svg(chart)}</figure>"
         for chart in charts(runs)
     )
     parts = [
-        f"<h1>{title}</h1>{_table(runs, names)}",
-        f'<div class="grid">{figures}</div>',
+        f"<h1>{title}</h1>",
+        _table(names if len(runs) > 1 else [], _numbers(runs)),
+        f'<div class="grid">{"".join(figures)}</div>',
         *(_confused(run, name) for run, name in zip(runs, names, strict=True)),
         _samples(runs, names),
         *(_about(run, name) for run, name in zip(runs, names, strict=True)),
@@ -153,84 +155,85 @@ def page(runs: list[Run]) -> str:
     )
 
 
-def _table(runs: list[Run], names: list[str]) -> str:
-    """Metrics from the first evaluation to the last, and what the whole training was like."""
-    metrics = dict.fromkeys(
-        name for run in runs for each in run.evaluations for name in each.metrics
+def _table(head: list[str], rows: dict[str, list[str]]) -> str:
+    """Rows by their names. All are HTML."""
+    lines = {"": head, **rows} if head else rows
+    cells = (
+        f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
+        for name, line in lines.items()
     )
-    rows = {name: [_progress(run, name) for run in runs] for name in metrics}
+    return f'<div class="table"><table>{"".join(cells)}</table></div>'
+
+
+def _numbers(runs: list[Run]) -> dict[str, list[str]]:
+    """Metrics from the first evaluation to the last, and what the whole training was like."""
+    metrics = [name for run in runs for each in run.evaluations for name in each.metrics]
+    rows = {escape(name): [_progress(run, name) for run in runs] for name in metrics}
     for field, label in NUMBERS.items():
         values = [run.summary(field) for run in runs]
-        rows[label] = ["" if value is None else f"{value:,.4g}" for value in values]
-    lines = [
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, cells in rows.items()
-        if any(cells)
-    ]
-    head = "".join(f"<th>{name}</th>" for name in names)
-    return f'<div class="table"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+        if any(value is not None for value in values):
+            rows[label] = ["" if value is None else f"{value:,.4g}" for value in values]
+    return rows
 
 
 def _progress(run: Run, metric: str) -> str:
-    shown = [run.evaluations[0], run.last] if len(run.evaluations) > 1 else [run.last]
-    values = [(f"{e.metrics[metric]:.4f}", e.label) for e in shown if metric in e.metrics]
-    return " → ".join(f"{value} {escape(label)}" for value, label in values)
+    ends = run.evaluations[:: len(run.evaluations) - 1 or 1]
+    return " → ".join(f"{e.metrics[metric]:.4f} {e.label}" for e in ends if metric in e.metrics)
 
 
 def _confused(run: Run, name: str) -> str:
     """Of many classes, the mistakes that are made most often."""
     rows = run.last.answers.values()
-    pairs = Counter((row.answers[0], row.text) for row in rows if not row.right)
+    pairs = Counter((row.answers[0], row.text) for row in rows if not row.right).most_common(10)
     if len(classes_of(run)) <= NUMBERED or not pairs:
         return ""
-    lines = (
-        f"<tr><td>{count}</td><td>{escape(answer)}</td><td>{escape(text)}</td></tr>"
-        for (answer, text), count in pairs.most_common(10)
-    )
-    head = "<tr><th>times</th><th>true</th><th>predicted</th></tr>"
-    table = f'<div class="table"><table>{head}{"".join(lines)}</table></div>'
-    return f"<h2>Confused most often, {name}</h2>{table}"
+    table = {
+        f"{cut(answer)} → {cut(text) or NOTHING}": [f"{count} times"]
+        for (answer, text), count in pairs
+    }
+    return f"<h2>Mistaken most often, {name}</h2>{_table([], table)}"
 
 
 def _samples(runs: list[Run], names: list[str]) -> str:
-    """What each run says to the samples; of a single one, before and after as well."""
-    said = [(name, run.last.answers) for name, run in zip(names, runs, strict=True)]
+    """What each run says to the samples; of a single one, before and after."""
+    last = [run.last.answers for run in runs]
+    said = list(zip(names, last, strict=True))
     if len(runs) == 1:
         [run] = runs
         ends = run.evaluations[:: len(run.evaluations) - 1 or 1]
-        said = [(escape(each.label), each.answers) for each in ends]
-    samples = {sample["id"]: sample for run in reversed(runs) for sample in run.samples}
-    shown = [each for each in samples.values() if each["id"] in said[-1][1]]
-    shown.sort(
-        key=lambda each: all(a[each["id"]].right for _, a in said[-len(runs) :] if each["id"] in a)
+        said = [(each.label, each.answers) for each in ends]
+
+    def right(sample: dict) -> bool:
+        return all(answers[sample["id"]].right for answers in last if sample["id"] in answers)
+
+    samples = {sample["id"]: sample for run in runs for sample in run.samples}.values()
+    known = [sample for sample in samples if any(sample["id"] in answers for answers in last)]
+    cards = [_card(sample, said, right(sample)) for sample in sorted(known, key=right)[:SAMPLES]]
+    wrong = (
+        f"{name}: {sum(not each.right for each in answers.values()):,} of {len(answers):,} answers "
+        "are not exactly right"
+        for name, answers in zip(names, last, strict=True)
     )
-    cards = "".join(_card(each, said) for each in shown[:SAMPLES])
-    counted = ", ".join(
-        f"{sum(not a.right for a in run.last.answers.values()):,} of "
-        f"{len(run.last.answers):,} are not exactly right" + (f" ({name})" if len(runs) > 1 else "")
-        for run, name in zip(runs, names, strict=True)
-    )
-    heading = f"<h2>Samples, mistakes first</h2><p>{counted}</p>"
-    return f'{heading}<div class="grid samples">{cards}</div>' if cards else ""
+    heading = f"<h2>Samples, mistakes first</h2><p>{'<br>'.join(wrong)}</p>"
+    return f'{heading}<div class="grid samples">{"".join(cards)}</div>' if cards else ""
 
 
-def _card(sample: dict, said: list[tuple[str, dict[str, Answer]]]) -> str:
-    found = [(who, a[sample["id"]]) for who, a in said if sample["id"] in a]
-    lines = "".join(
-        f"<p><small>{who}</small> {'✓' if answer.right else '✗'} {cut(answer.text) or '—'}"
-        + ("" if answer.probability is None else f" <small>{answer.probability:.3f}</small>")
-        + "</p>"
-        for who, answer in found
-    )
-    answers = cut(" | ".join(found[-1][1].answers))
+def _card(sample: dict, said: list[tuple[str, dict[str, Answer]]], right: bool) -> str:
+    found = [(who, answers[sample["id"]]) for who, answers in said if sample["id"] in answers]
+    lines = [("answer", cut(" | ".join(found[0][1].answers)))]
+    for who, answer in found:
+        text = f"{'✓' if answer.right else '✗'} {cut(answer.text) or NOTHING}"
+        if answer.probability is not None:
+            text += f" <small>{answer.probability:.3f}</small>"
+        lines.append((who, text))
     images = "".join(
         f'<img alt="" src="data:image/webp;base64,{escape(image)}">' for image in sample["images"]
     )
-    kind = "right" if found[-1][1].right else "wrong"
     return (
-        f'<article class="{kind}"><div class="images">{images}</div>'
-        f"<p>{cut(sample['question'])}</p><p><small>answer</small> {answers}</p>{lines}"
-        f"<small>{escape(sample['id'])}</small></article>"
+        f'<article class="{"right" if right else "wrong"}"><div class="images">{images}</div>'
+        + f"<p>{cut(sample['question'])}</p>"
+        + "".join(f"<p><small>{who}</small> {text}</p>" for who, text in lines)
+        + f"<small>{escape(sample['id'])}</small></article>"
     )
 
 
@@ -241,8 +244,8 @@ def cut(text: str) -> str:
 
 def _about(run: Run, name: str) -> str:
     items = "".join(f"<li>{escape(line.replace('`', ''))}</li>" for line in run.about)
-    command = f"<pre>{escape(run.command)}</pre>" if run.command else ""
-    return f"<h2>How {name} came about</h2><ul>{items}</ul>{command}" if items else ""
+    said = f"<ul>{items}</ul><pre>{escape(run.command)}</pre>" if items else ""
+    return said and f"<h2>How {name} came about</h2>{said}"
 
 
 # ---- The command
@@ -267,9 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or (Path("comparison.html") if several else args.folders[0] / PAGE)
     try:
         runs = [read_run(folder) for folder in args.folders]
-        if len({run.name for run in runs}) < len(runs):
-            for run, folder in zip(runs, args.folders, strict=True):
-                run.name = str(folder)
+        if several:  # by the parts of their paths that tell them apart
+            paths = [folder.resolve() for folder in args.folders]
+            for run, path in zip(runs, paths, strict=True):
+                run.name = os.path.relpath(path, os.path.commonpath(paths))
         with phase(str(out)):
             unfinished = out.with_name(f".{out.name}.tmp")
             unfinished.write_text(page(runs), "utf-8")

@@ -89,7 +89,7 @@ def read_run(folder: Path) -> Run:
             for path, match in found
             if match
         ]
-        evaluations.sort(key=lambda each: (each.step, each.label == "after"))
+        evaluations.sort(key=lambda each: (each.label == "after", each.step))
         if not evaluations:
             raise RunError(f"{folder} holds no evaluation of a run, such as eval_before.json.")
         return Run(folder.absolute().name, evaluations, state["log_history"], **data)
