@@ -148,8 +148,8 @@ def _curve(axes: Axes, runs: list[Run], field: str) -> None:
 
 def _thinned(values: list[float]) -> list[float]:
     """At most MOST_POINTS averages of neighbours."""
-    count = min(len(values), MOST_POINTS)
-    return [float(np.mean(part)) for part in np.array_split(values, count)] if count else []
+    size = math.ceil(len(values) / MOST_POINTS) or 1
+    return [float(np.mean(values[i : i + size])) for i in range(0, len(values), size)]
 
 
 def _steps(axes: Axes) -> None:

@@ -132,8 +132,10 @@ def thumbnail(image: Image.Image, side: int) -> str:
 def page(runs: list[Run]) -> str:
     """The report of one run, or of several."""
     title = escape(runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side")
-    keys = [f'<span class="key" style="--key: {colour(n)}">' for n in range(len(runs))]
-    names = [f"{key}{escape(run.name)}</span>" for key, run in zip(keys, runs, strict=True)]
+    names = [escape(run.name) for run in runs]
+    if len(runs) > 1:
+        key = '<span class="key" style="--key: {}">{}</span>'
+        names = [key.format(colour(number), name) for number, name in enumerate(names)]
     figures = (
         f"<figure><figcaption>{escape(chart.title)}</figcaption>{svg(chart)}</figure>"
         for chart in charts(runs)
