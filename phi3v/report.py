@@ -145,8 +145,8 @@ def page(runs: list[Run]) -> str:
         _table(names if len(runs) > 1 else [], _numbers(runs)),
         f'<div class="grid">{"".join(figures)}</div>',
         *(_confused(run, name) for run, name in zip(runs, names, strict=True)),
-        _samples(runs, names),
         *(_about(run, name) for run, name in zip(runs, names, strict=True)),
+        _samples(runs, names),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
