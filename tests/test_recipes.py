@@ -314,7 +314,8 @@ def test_evaluation_during_training_and_alone(demo_checkpoint, tmp_path, monkeyp
     )
     sys.argv[1] = f"--model_name_or_path={output_dir}"
     recipe("nlvr2").main()
-    assert [path.name for path in (tmp_path / "e").glob("[!.]*")] == ["eval_before.json"]
+    written = {path.name for path in (tmp_path / "e").glob("[!.]*")}
+    assert written == {"eval_before.json", "report.html", "report.json", "report.png"}
     assert (tmp_path / "e" / "eval_before.json").read_text() == after, "the saved model is it"
 
 

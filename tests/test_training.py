@@ -378,7 +378,9 @@ def test_evaluation_file(demo_checkpoint, tmp_path):
     assert result["answers_unique"] == answers * 2
     assert len(result["generated_texts_unique"]) == 6
     assert result["generated_texts_unique"][:3] == result["generated_texts_unique"][3:]
-    assert [path.name for path in tmp_path.glob("[!.]*")] == ["eval_before.json"]
+    written = {path.name for path in tmp_path.glob("[!.]*")}
+    report = {"report.html", "report.json", "report.png"}
+    assert written == {"eval_before.json", "trainer_state.json", *report}
 
 
 def test_batched_generation_is_generation_one_by_one(demo_checkpoint, tmp_path):

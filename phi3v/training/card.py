@@ -13,7 +13,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..distributed import on_first_rank, print_first, rank, world_size
 from ..errors import phase
-from .output_folder import LAST_RESULT, OutputFolder
+from .output_folder import LAST_RESULT, PAGE, PICTURE, OutputFolder
 
 from peft import PeftModel
 
@@ -32,8 +32,7 @@ def model_card(
         name: of the model on the hub, or of the output folder.
     """
     base, dataset = flags.model_name_or_path, getattr(flags, "dataset_name_or_path", "")
-    adapters = [kind for kind in ("qlora", "dora", "rslora") if getattr(flags, f"use_{kind}")]
-    tags = ["lora", *adapters] if isinstance(model, PeftModel) else []
+    tags = _adapters(flags, model)
     numbers = {when: _numbers(folder / file) for when, file in EVALUATIONS.items()}
     metrics = list(numbers["before"] | numbers["after"])
     data = ModelCardData(
@@ -49,22 +48,38 @@ def model_card(
         values = (numbers[when].get(metric) for when in numbers)
         shown = ("" if value is None else f"{value:.4f}" for value in values)
         table.append(f"| {metric} | {' | '.join(shown)} |")
-    start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
-    command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    commit = getattr(model.config, "_commit_hash", None)
-    method = ", ".join(tags) or "full finetuning"
-    origin = Path(base).name if os.path.isdir(base) else base
+    about, command = describe(flags, model, state)
     text = [
         f"# {name}\n",
-        f"- from `{origin}`" + (f", commit `{commit}`" if commit else ""),
-        f"- by {method}, {state.global_step} steps of {flags.batch_size} samples",
-        f"- with {', '.join(versions)}\n",
-        f"```bash\n{start} {command}\n```\n",
+        *(f"- {line}" for line in about),
+        f"\n```bash\n{command}\n```\n",
         "Generated answers of the evaluation:\n",
         *table,
     ]
+    if (folder / PICTURE).is_file():
+        text += [f"\n![curves of the run]({PICTURE})\n", f"Samples are in [{PAGE}]({PAGE})."]
     return ModelCard("\n".join(["---", data.to_yaml(), "---", "", *text, ""]))
+
+
+def describe(flags: argparse.Namespace, model, state: TrainerState) -> tuple[list[str], str]:
+    """How a model came about: what it is from, by and with, in Markdown; and the command line."""
+    base, commit = flags.model_name_or_path, getattr(model.config, "_commit_hash", None)
+    origin = Path(base).name if os.path.isdir(base) else base
+    method = ", ".join(_adapters(flags, model)) or "full finetuning"
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
+    about = [
+        f"from `{origin}`" + (f", commit `{commit}`" if commit else ""),
+        f"by {method}, {state.global_step} steps of {flags.batch_size} samples",
+        f"with {', '.join(versions)}",
+    ]
+    start = f"torchrun --nproc_per_node={world_size()}" if world_size() > 1 else "python"
+    return about, f"{start} {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}"
+
+
+def _adapters(flags: argparse.Namespace, model) -> list[str]:
+    """The kinds of adapters that are trained; none in full finetuning."""
+    kinds = [kind for kind in ("qlora", "dora", "rslora") if getattr(flags, f"use_{kind}")]
+    return ["lora", *kinds] if isinstance(model, PeftModel) else []
 
 
 def _numbers(path: Path) -> dict[str, float]:

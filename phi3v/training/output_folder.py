@@ -22,6 +22,7 @@ from ..errors import RunError
 COMPLETE = "complete.json"
 OWN = ".phi3v"
 LAST_RESULT = "eval_after.json"  # a run that has written it is finished
+REPORT_DATA, PAGE, PICTURE = "report.json", "report.html", "report.png"
 # What shows that a folder holds the results of a run, ours or another.
 RESULTS = ("eval_before.json", LAST_RESULT, "eval_step_*.json", "*.safetensors")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -3,12 +3,14 @@
 import contextlib
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..distributed import gather
 from .flops import peak_flops, training_flops
 
 # What is counted in every micro-batch, padding excluded. `pairs` are a query and a key that it
@@ -61,6 +63,7 @@ class Meter:
         self.flops = training_flops(model)
         on_gpu = device.type == "cuda"
         self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
+        self.lengths: Counter[int] = Counter()  # of this rank's samples
         self.total = dict.fromkeys((*COUNTED, "seconds", "waited", "peak_memory"), 0.0)
         self._begin_window()
 
@@ -75,6 +78,7 @@ class Meter:
         """A micro-batch, see `count_batch`."""
         for name, number in count_batch(batch, self.crop_size).items():
             self.counts[name] += number
+        self.lengths.update(batch["lengths"])
 
     def step_done(self) -> None:
         """The step ends when the device has done its work."""
@@ -86,8 +90,11 @@ class Meter:
         """Of what was done since the last call."""
         return self._rates(self._collect())
 
-    def summary(self) -> tuple[dict[str, float], str]:
-        """Of the whole run: the rates, each as `train_...`, and a line for people."""
+    def summary(self) -> tuple[dict[str, float | dict], str]:
+        """
+        Of the whole run: the rates, each as `train_...`, the `histogram` of samples' lengths in
+        tokens as `train_lengths`, and a line for people.
+        """
         self._collect()
         total, rates = self.total, self._rates(self.total)
         speed = (
@@ -103,7 +110,8 @@ class Meter:
             f"{rates['data_wait']:.1%} of the time waiting for data, "
             f"peak memory {rates['peak_memory_gb_per_process']:.2f} GB per process"
         )
-        return {f"train_{name}": rate for name, rate in rates.items()}, line
+        lengths = histogram(sum(gather(self.lengths), Counter()))
+        return {f"train_{name}": rate for name, rate in rates.items()} | lengths, line
 
     def _begin_window(self) -> None:
         self.counts = dict.fromkeys(COUNTED, 0)  # of this rank
@@ -143,6 +151,22 @@ class Meter:
         rates["data_wait"] = numbers["waited"] / seconds
         rates["peak_memory_gb_per_process"] = numbers["peak_memory"] / 1e9
         return rates
+
+
+def histogram(lengths: Counter[int], most: int = 40) -> dict[str, dict]:
+    """
+    At most `most` bars of one width: `from`, where they begin, and how many `samples` they hold, as
+    often as these were seen. Nothing where there are no lengths.
+    """
+    if not lengths:
+        return {}
+    width = -(-(max(lengths) + 1 - min(lengths)) // most)
+    bars: Counter[int] = Counter()
+    for length, count in lengths.items():
+        bars[(length - min(lengths)) // width * width + min(lengths)] += count
+    starts = sorted(bars)
+    samples = [bars[start] for start in starts]
+    return {"train_lengths": {"width": width, "from": starts, "samples": samples}}
 
 
 def peak_memory(device: torch.device) -> int:

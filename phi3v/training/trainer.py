@@ -24,11 +24,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.collators import TrainingCollator
 from ..distributed import print_first
-from ..errors import OVERFLOW, RunError, phase
+from ..errors import OVERFLOW, RunError, one_line, phase
 from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
 from .attention import packed_mask
-from .card import model_card, push
+from .card import describe, model_card, push
 from .checkpoints import take_over
 from .generation import generate
 from .log import Bar, LogLines
@@ -307,8 +307,7 @@ class Phi3VTrainer(Trainer):
                 written["probabilities"] = [result.probability for result in results]
             with phase(f"--output_dir {self.args.output_dir}: writing {file_name}"):
                 self.folder.write_json(file_name, written)
-                if self.saved:
-                    self._save_state()
+                self._save_state(records, results)
         if file_name == LAST_RESULT:
             print_first(
                 f"Results: {self.args.output_dir}. Ask it: python -m phi3v.answer "
@@ -380,20 +379,42 @@ class Phi3VTrainer(Trainer):
             with self.folder.finished_files() if first else contextlib.nullcontext() as folder:
                 # Ranks have to save together: each may have a part of the weights.
                 super().save_model(str(folder), _internal_call=True)  # pushed at the end
+            self.saved = True
             if first:
                 self._save_state()
-        self.saved = True
         what = "adapter" if isinstance(self.model, PeftModel) else "model"
         print_first(f"Saved the {what} to {self.args.output_dir}")
         self.accelerator.wait_for_everyone()
 
-    def _save_state(self) -> None:
-        """Write trainer_state.json and the model card."""
-        name = (self.hub_model_id or str(self.folder.path.absolute())).split("/")[-1]
-        card = model_card(self.folder.path, self.flags, self.model, self.state, name)
-        with self.folder.finished_files() as folder:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            card.save(folder / "README.md")
+    def _save_state(self, records: Sequence[dict] = (), results: Sequence[Result] = ()) -> None:
+        """
+        Write trainer_state.json, the report, where there are results of an evaluation, and beside
+        the trained model its card. An evaluation alone leaves what is there of a training.
+        """
+        if self.flags.eval_only and self.folder.finished:
+            return
+        if not self.flags.eval_only:
+            with self.folder.finished_files() as folder:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if results:
+            self._write_report(records, results)
+        if self.saved:
+            name = (self.hub_model_id or str(self.folder.path.absolute())).split("/")[-1]
+            card = model_card(self.folder.path, self.flags, self.model, self.state, name)
+            with self.folder.finished_files() as folder:
+                card.save(folder / "README.md")
+
+    def _write_report(self, records: Sequence[dict], results: Sequence[Result]) -> None:
+        """A run is worth more than its report: whatever fails here is said in one line."""
+        try:
+            from ..report import Answer, write_report  # here: it brings matplotlib with it
+
+            about, command = describe(self.flags, self.model, self.state)
+            answers = [Answer(*result[1:]) for result in results]
+            choices = [normalise(choice) for choice in self.choices or ()]
+            write_report(self.folder, about, command, records, answers, choices)
+        except Exception as error:
+            print(f"No report of this evaluation: {one_line(error)}", flush=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
