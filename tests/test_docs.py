@@ -34,7 +34,7 @@ ANYWHERE = {"pip", "make", "python", "torchrun"}
 # Other packages' modules, and the file that the reader of own_data.md has saved.
 ELSEWHERE = {"lmms_eval", "vllm", "make_records"}
 # Of pip, vLLM and Azure's command line.
-FOREIGN_FLAGS = {"no-build-isolation", "index-url", "max-model-len", "dtype", "name"}
+FOREIGN_FLAGS = {"no-build-isolation", "index-url", "max-model-len", "model", "dtype", "name"}
 
 
 class Parsed(Exception):
