@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -13,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers.models.phi3 import modeling_phi3
 
 from conftest import GOLDEN
+from finetune_hf_trainer_ucf101 import lora_config
 from helpers.records import RECORDS
 from helpers.trainers import arguments, loaded
 from phi3v import Phi3VProcessor
 from phi3v.errors import RunError
-from phi3v.training import trainer_arguments
+from phi3v.training import load_model, trainer_arguments
 from phi3v.training.generation import generate
 from phi3v.training.loading import (
     add_adapters,
@@ -539,3 +541,29 @@ def test_evaluation_with_adapters_is_greedy(folder, tmp_path):
     plain = answers(folder, tmp_path / "a", "--use_lora", "--lora_rank", "4")
     edit(folder / GENERATION, **NOT_GREEDY["beams"], **NOT_GREEDY["penalties"])
     assert answers(folder, tmp_path / "b", "--use_lora", "--lora_rank", "4") == plain
+
+
+@pytest.mark.parametrize(
+    ("flags", "deepspeed", "dtype"),
+    [
+        ((), True, torch.float16),
+        (("--bf16",), True, torch.bfloat16),
+        ((), False, torch.float32),
+        (("--use_lora",), False, torch.float16),
+    ],
+)
+def test_precision_of_weights_on_a_gpu(demo_checkpoint, tmp_path, flags, deepspeed, dtype):
+    """
+    16 bits where DeepSpeed keeps float32 copies, or adapters are trained; float32 where the
+    optimizer updates the weights themselves.
+    """
+    args = arguments(demo_checkpoint, tmp_path, *flags)
+    on_gpu = SimpleNamespace(
+        bf16=args.bf16,
+        fp16=not args.bf16,
+        deepspeed={} if deepspeed else None,
+        device=torch.device("cpu"),
+    )
+    weights = load_model(args, on_gpu, lora_config(args)).state_dict()
+    assert {v.dtype for name, v in weights.items() if "lora" not in name} == {dtype}
+    assert {v.dtype for name, v in weights.items() if "lora" in name} <= {torch.float32}

@@ -214,3 +214,19 @@ def test_a_cpu_counts_nothing(docvqa, monkeypatch):
     monkeypatch.setattr(recipe("docvqa"), "load_model", lambda *args: sys.exit("loads"))
     with pytest.raises(SystemExit, match="loads"):
         docvqa("--deepspeed", "none")
+
+
+def test_a_count_that_fails_costs_no_run(docvqa, monkeypatch, capsys):
+    """Unless it was asked for: evaluation finds a batch that fits without it."""
+
+    def fail(*args):
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(plan, "FakeRun", fail)
+    monkeypatch.setattr(plan, "this_machine", lambda planned: plan.Machine(1, "a GPU", 80e9))
+    monkeypatch.setattr(recipe("docvqa"), "load_model", lambda *args: sys.exit("loads"))
+    with pytest.raises(SystemExit, match="loads"):
+        docvqa("--deepspeed", "none")
+    assert "was not counted, because of no such operator" in capsys.readouterr().out
+    with pytest.raises(NotImplementedError):
+        docvqa("--deepspeed", "none", "--plan")

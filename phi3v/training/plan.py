@@ -24,7 +24,7 @@ from ..data.images import image_sizes
 from ..data.packing import count_tokens
 from ..data.records import to_messages
 from ..distributed import print_first, share_out, world_size
-from ..errors import DataError, RunError
+from ..errors import DataError, RunError, one_line
 from ..model.processing_phi3_v import Phi3VProcessor
 from .checkpoints import bytes_to_write
 from .flops import GIGABYTES, by_name, peak_flops, training_flops
@@ -69,22 +69,22 @@ def plan_run(
     if args.plan is None and not machine.on_gpu:
         return
     setup = run_setup(args, machine)
-    run = FakeRun(load_config(args), args, training_args, lora, setup)
     prompts = measure_all(processor, eval_dataset)
-    longest = eval_dataset[max(prompts, key=lambda index: prompts[index]["prompt"])]
-    collate, most = GenerationCollator(processor), args.eval_batch_size_per_gpu
-    rows = min(most, len(eval_dataset))
-    while not _fits(evaluation := run.evaluation(collate([longest] * rows)), machine) and rows > 1:
-        rows //= 2
-    if rows < min(most, len(eval_dataset)):
-        print_first(f"evaluation: {rows} prompts at a time, as {most} of the longest do not fit")
-    training_args.per_device_eval_batch_size = rows
+    try:
+        run = FakeRun(load_config(args), args, training_args, lora, setup)
+        evaluation = fit_evaluation(run, machine, processor, prompts, eval_dataset)
+    except Exception as error:
+        # A run does not end for it: evaluation takes fewer prompts too where memory runs out.
+        if args.plan is not None:
+            raise
+        print_first(f"evaluation: its memory was not counted, because of {one_line(error)}")
     if args.plan is None:
         return
     samples = measure_all(processor, train_dataset)
     longest = train_dataset[max(samples, key=lambda index: samples[index]["tokens"])]
     batch = TrainingCollator(processor, for_trainer=True)([longest] * args.batch_size_per_gpu)
     del batch["ids"], batch["lengths"]
+    rows = training_args.per_device_eval_batch_size
     parts = {"training": run.training(batch), f"evaluation of {rows}": evaluation}
     lines = [
         *_about_data(samples, len(train_dataset), prompts, len(eval_dataset)),
@@ -93,6 +93,21 @@ def plan_run(
     ]
     print_first("\n  ".join([f"Plan for {machine.gpus} x {machine.name}", *lines]))
     raise SystemExit(0)
+
+
+def fit_evaluation(
+    run: FakeRun, machine: Machine, processor: Phi3VProcessor, prompts: dict, dataset: Sequence
+) -> Memory:
+    """Lower the evaluation's batch until its longest prompts fit; returns what they take then."""
+    longest = dataset[max(prompts, key=lambda index: prompts[index]["prompt"])]
+    collate, args = GenerationCollator(processor), run.training_args
+    rows = wanted = min(args.per_device_eval_batch_size, len(dataset))
+    while not _fits(memory := run.evaluation(collate([longest] * rows)), machine) and rows > 1:
+        rows //= 2
+    if rows < wanted:
+        print_first(f"evaluation: {rows} prompts at a time, as {wanted} of the longest do not fit")
+    args.per_device_eval_batch_size = rows
+    return memory
 
 
 def named_machine(text: str) -> Machine:
