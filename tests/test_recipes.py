@@ -343,23 +343,23 @@ def test_conversations_of_other_tools(demo_checkpoint, tmp_path, monkeypatch, ca
     assert after["ids"] == ["messages-1"] and after["answers_unique"] == ["red"]
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the docs
 
 
-def test_readme_snippet(demo_checkpoint, tmp_path, capsys):
-    """The README's way to answer a question runs as it stands."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    snippet = readme.split("Answer a question with it:")[1].split("```python\n")[1].split("```")[0]
+def test_snippet_of_the_docs(demo_checkpoint, tmp_path, capsys):
+    """The docs' way to answer a question runs as it stands."""
+    page = (REPO / "docs" / "other_tools.md").read_text()
+    snippet = page.split("Answer a question with it:")[1].split("```python\n")[1].split("```")[0]
     picture(0).save(tmp_path / "image.png")
     snippet = snippet.replace("<output_dir>", str(demo_checkpoint))
     exec(snippet.replace("<image>", str(tmp_path / "image.png")).replace("=64", "=4"), {})
     assert capsys.readouterr().out.endswith("\n")
 
 
-def test_readme_example_of_a_new_task(demo_checkpoint, tmp_path, monkeypatch):
-    """What the README says: copy the recipe, put its two functions in, run it. From anywhere."""
-    readme = (REPO / "README.md").read_text()
-    example = readme.split("### A new task")[1].split("```python\n")[1].split("```")[0]
+def test_example_of_a_new_task(demo_checkpoint, tmp_path, monkeypatch):
+    """What the docs say: copy the recipe, put its two functions in, run it. From anywhere."""
+    page = (REPO / "docs" / "own_data.md").read_text()
+    example = page.split("## A new task")[1].split("```python\n")[1].split("```")[0]
     script = (REPO / "finetune_hf_trainer_ucf101.py").read_text()
     for function in ast.parse(example).body:
         [old] = [

@@ -128,7 +128,7 @@ def test_flops_of_the_real_model():
     clip = 577 * 6 * 12 * c * c + 577**2 * 12 * c  # a layer, and its attention over all pairs
     projection = 144 * 6 * (4 * c * d + d * d)
     assert flops["crops"] == 576 * 4 * patch + 23 * clip + projection
-    # A page of DocVQA as in the README: 16 crops and the global one, 2,443 tokens, 10 of them
+    # A page of DocVQA as in docs/speed.md: 16 crops and the global one, 2,443 tokens, 10 of them
     # labelled.
     page = {"tokens": 2443, "pairs": 2443 * 2444 // 2, "labels": 10, "crops": 17}
     assert sum(page[name] * each for name, each in flops.items()) / 1e12 == pytest.approx(

@@ -7,7 +7,7 @@ as long as it runs. In an environment that stays, and is made where it is missin
 Two models with a tiny decoder, and CLIP at its real size, because vLLM has no other: one of full
 finetuning with 16 crops, one of a merged LoRA adapter with 4. Prompts with no image, one and two
 get the same ids there, and the same greedy tokens follow, 16 at most: from `LLM.generate`, and from
-`vllm serve` with the README's flags in answer to OpenAI requests. So does a prompt of more than
+`vllm serve` with the docs' flags in answer to OpenAI requests. So does a prompt of more than
 4,096 tokens, for which vLLM has to be started with a larger --max-model-len.
 """
 

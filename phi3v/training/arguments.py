@@ -138,12 +138,64 @@ class RecipeParser(argparse.ArgumentParser):
 
 
 def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
-    group = parser.add_argument_group("model")
+    group = parser.add_argument_group("what matters first")
     group.add_argument(
         "--model_name_or_path",
         default="microsoft/Phi-3.5-vision-instruct",
         help="hub id or local folder of the checkpoint to start from",
     )
+    group.add_argument(
+        "--output_dir",
+        default="./output/",
+        help="where the model, the processor, eval_before.json and eval_after.json go",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=COUNT,
+        default=16,
+        help="effective batch size, over all GPUs and accumulation steps",
+    )
+    group.add_argument(
+        "--batch_size_per_gpu",
+        type=COUNT,
+        default=1,
+        help="micro batch; --batch_size must be divisible by GPUs x this",
+    )
+    group.add_argument(
+        "--num_train_epochs",
+        type=number(float, 0, 1_000_000, open=True),
+        default=1,
+        help="passes over the data",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=number(float, 0, open=True),
+        default=4e-5,
+        help="peak learning rate",
+    )
+    group.add_argument(
+        "--bf16", action="store_true", help="bf16 instead of the default fp16 mixed precision"
+    )
+    group.add_argument(
+        "--use_flash_attention",
+        action="store_true",
+        help="flash attention 2, for packed rows and padded prompts too: of the package flash-attn "
+        "where it is installed and works, else PyTorch's own; implies --bf16",
+    )
+    group.add_argument("--use_lora", action="store_true", help="train LoRA adapters")
+    group.add_argument(
+        "--use_qlora", action="store_true", help="LoRA on a 4-bit NF4 model; implies --use_lora"
+    )
+    group.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="GPUS",
+        help="print what the run will be, its memory, hours and disk space, and leave: on the GPUs "
+        'that are there, or on those named, like "8 x A100-80GB"',
+    )
+
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--model_revision", help="of a hub id: the branch, tag or commit (default: newest)"
     )
@@ -152,15 +204,6 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         type=number(int, 1, 16),
         default=num_crops,
         help="most HD crops an image is cut into, 1 to 16",
-    )
-    group.add_argument(
-        "--use_flash_attention",
-        action="store_true",
-        help="flash attention 2, for packed rows and padded prompts too: of the package flash-attn "
-        "where it is installed and works, else PyTorch's own; implies --bf16",
-    )
-    group.add_argument(
-        "--bf16", action="store_true", help="bf16 instead of the default fp16 mixed precision"
     )
     group.add_argument(
         "--use_liger",
@@ -176,10 +219,6 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
     group = parser.add_argument_group("what is trained (default: everything)")
     group.add_argument(
         "--freeze_vision_model", action="store_true", help="train the language model only"
-    )
-    group.add_argument("--use_lora", action="store_true", help="train LoRA adapters")
-    group.add_argument(
-        "--use_qlora", action="store_true", help="LoRA on a 4-bit NF4 model; implies --use_lora"
     )
     group.add_argument(
         "--lora_rank", type=number(int, 1, 65_536), default=64, help="rank of the adapters"
@@ -215,32 +254,7 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "output folder",
     )
 
-    parser.add_argument(
-        "--plan",
-        nargs="?",
-        const="",
-        metavar="GPUS",
-        help="print what the run will be, its memory, hours and disk space, and leave: on the GPUs "
-        'that are there, or on those named, like "8 x A100-80GB"',
-    )
     group = parser.add_argument_group("training")
-    group.add_argument(
-        "--output_dir",
-        default="./output/",
-        help="where the model, the processor, eval_before.json and eval_after.json go",
-    )
-    group.add_argument(
-        "--batch_size",
-        type=COUNT,
-        default=16,
-        help="effective batch size, over all GPUs and accumulation steps",
-    )
-    group.add_argument(
-        "--batch_size_per_gpu",
-        type=COUNT,
-        default=1,
-        help="micro batch; --batch_size must be divisible by GPUs x this",
-    )
     group.add_argument(
         "--max_length",
         type=COUNT,
@@ -264,18 +278,6 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         default=True,
         help="compute activations again in the backward pass instead of keeping them: saves "
         "memory, costs a second forward pass of each layer",
-    )
-    group.add_argument(
-        "--num_train_epochs",
-        type=number(float, 0, 1_000_000, open=True),
-        default=1,
-        help="passes over the data",
-    )
-    group.add_argument(
-        "--learning_rate",
-        type=number(float, 0, open=True),
-        default=4e-5,
-        help="peak learning rate",
     )
     group.add_argument(
         "--vision_learning_rate", type=RATE, help="of CLIP's layers, if it should differ"
