@@ -55,6 +55,7 @@ def test_a_run_prints_lines_and_no_dictionaries(demo_checkpoint, tmp_path, capsy
     assert "{" not in printed.out
     steps = re.findall(r"^step (\d)/4  epoch .* left$", printed.out, re.MULTILINE)
     assert steps == ["1", "2", "3", "4"]
+    assert "Training: 4 of 4 steps, 2 epochs of 3 samples\n" in printed.out
     assert f"Results: {args.output_dir}. Ask it: python -m phi3v.answer" in printed.out
     assert ("4/4" in printed.err) == args.tqdm
     logged = trainer.state.log_history

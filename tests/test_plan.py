@@ -198,14 +198,16 @@ def test_an_evaluation_that_would_not_fit(docvqa, monkeypatch, capsys):
         "evaluation",
         lambda run, batch: counted.append(len(batch["input_ids"])) or Memory(counted[-1] * 10**9),
     )
+    monkeypatch.setattr(FakeRun, "training", lambda run, batch: Memory(5 * 10**9))
     machine = plan.Machine(1, "a small GPU", 3.5e9)
     monkeypatch.setattr(plan, "this_machine", lambda planned: machine)
     with pytest.raises(SystemExit):
         docvqa("--deepspeed", "none")
     assert counted == [8, 4, 2] and chosen == [2]
-    assert "evaluation: 2 prompts at a time, as 8 of the longest do not fit" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "evaluation: 2 prompts at a time, as 8 of the longest do not fit" in printed
+    assert "Plan: training 5.0 GB, evaluation of 2 2.0 GB a GPU. 5.0 GB, and 1 for CUDA" in printed
+    assert "of 3.5 GB: it DOES NOT FIT. --plan says more" in printed
 
 
 def test_a_cpu_counts_nothing(docvqa, monkeypatch):

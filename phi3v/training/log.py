@@ -5,6 +5,8 @@ import time
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from ..data.packing import PackedRecords
+
 
 class Bar(ProgressCallback):
     """Transformers' bar of the steps, without its dictionaries."""
@@ -18,8 +20,13 @@ class LogLines(TrainerCallback):
 
     start, first_step = 0.0, 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.start, self.first_step = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            steps = f"{state.max_steps - state.global_step:,} of {state.max_steps:,} steps"
+            data = train_dataloader.dataset
+            of = f"{len(data):,} {'packed rows' if isinstance(data, PackedRecords) else 'samples'}"
+            tqdm.write(f"Training: {steps}, {state.num_train_epochs} epochs of {of}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "loss" in logs:

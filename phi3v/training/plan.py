@@ -59,8 +59,10 @@ def plan_run(
     lora: LoraConfig | None = None,
 ) -> None:
     """
-    Lower the evaluation's batch, and say so, where the longest prompts would not fit the GPU. With
-    --plan, print what the run will be and leave.
+    Say how much memory of the GPU the run will take. With --plan, print all that it will be and
+    leave; without a GPU, there is nothing to say.
+
+    Evaluation takes fewer prompts at a time, which is said, where the longest would not fit.
 
     Raises:
         SystemExit: with --plan; the status is 0.
@@ -69,23 +71,25 @@ def plan_run(
     if args.plan is None and not machine.on_gpu:
         return
     setup = run_setup(args, machine)
-    prompts = measure_all(processor, eval_dataset)
+    samples, prompts = (measure_all(processor, data) for data in (train_dataset, eval_dataset))
     try:
         run = FakeRun(load_config(args), args, training_args, lora, setup)
         evaluation = fit_evaluation(run, machine, processor, prompts, eval_dataset)
+        rows = training_args.per_device_eval_batch_size
+        parts = {f"evaluation of {rows}": evaluation}
+        if not args.eval_only:
+            longest = train_dataset[max(samples, key=lambda index: samples[index]["tokens"])]
+            parts = {"training": train_memory(run, processor, longest), **parts}
     except Exception as error:
         # A run does not end for it: evaluation takes fewer prompts too where memory runs out.
         if args.plan is not None:
             raise
-        print_first(f"evaluation: its memory was not counted, because of {one_line(error)}")
-    if args.plan is None:
+        print_first(f"Plan: memory was not counted, because of {one_line(error)}")
         return
-    samples = measure_all(processor, train_dataset)
-    longest = train_dataset[max(samples, key=lambda index: samples[index]["tokens"])]
-    batch = TrainingCollator(processor, for_trainer=True)([longest] * args.batch_size_per_gpu)
-    del batch["ids"], batch["lengths"]
-    rows = training_args.per_device_eval_batch_size
-    parts = {"training": run.training(batch), f"evaluation of {rows}": evaluation}
+    if args.plan is None:
+        sizes = ", ".join(f"{name} {sum(memory) / 1e9:.1f} GB" for name, memory in parts.items())
+        print_first(f"Plan: {sizes} a GPU. {_verdict(machine, parts)}. --plan says more")
+        return
     lines = [
         *_about_data(samples, len(train_dataset), prompts, len(eval_dataset)),
         *_about_work(args, training_args, machine, run, samples, len(train_dataset)),
@@ -93,6 +97,13 @@ def plan_run(
     ]
     print_first("\n  ".join([f"Plan for {machine.gpus} x {machine.name}", *lines]))
     raise SystemExit(0)
+
+
+def train_memory(run: FakeRun, processor: Phi3VProcessor, longest: dict | list[dict]) -> Memory:
+    """What a micro-batch of the longest samples takes."""
+    batch = TrainingCollator(processor, for_trainer=True)([longest] * run.args.batch_size_per_gpu)
+    del batch["ids"], batch["lengths"]
+    return run.training(batch)
 
 
 def fit_evaluation(
@@ -231,7 +242,11 @@ def _about_memory(machine, parts) -> list[str]:
     for name, memory in parts.items():
         cells = "".join(f"{size / 1e9:>12.2f}" for size in (*memory, sum(memory)))
         lines.append(f"  {name:<16}{cells}")
+    return [*lines, f"memory        {_verdict(machine, parts)}"]
+
+
+def _verdict(machine: Machine, parts: dict[str, Memory]) -> str:
     most, of = max(parts.values(), key=sum), f"{machine.memory / 1e9:.1f} GB"
     context = ", and 1 for CUDA and NCCL," if machine.on_gpu else ""
     fits = "fits" if _fits(most, machine) else "DOES NOT FIT"
-    return [*lines, f"memory        {sum(most) / 1e9:.1f} GB{context} of {of}: it {fits}"]
+    return f"{sum(most) / 1e9:.1f} GB{context} of {of}: it {fits}"
