@@ -680,6 +680,49 @@ MUTANTS = [
         "if False:",
         "test_packing",
     ),
+    # ---- What people look at, and ask
+    Mutant(
+        "report: a user's text is read as HTML",
+        "phi3v/report.py",
+        "return escape(text if len(text)",
+        "return (text if len(text)",
+        "test_report",
+    ),
+    Mutant(
+        "report: mistakes come last",
+        "phi3v/report.py",
+        "sorted(known, key=right)[:SAMPLES]",
+        "sorted(known, key=right, reverse=True)[:SAMPLES]",
+        "test_report",
+    ),
+    Mutant(
+        "answer: a half-written line stays",
+        "phi3v/answer_file.py",
+        "os.truncate(part, sum(map(len, whole[:2])))",
+        "os.truncate(part, sum(map(len, whole)))",
+        "test_answer",
+    ),
+    Mutant(
+        "answer: another model's answers are taken over",
+        "phi3v/answer_file.py",
+        'for key in ("id", "question", "model"):',
+        'for key in ("id", "question"):',
+        "test_answer",
+    ),
+    Mutant(
+        "evaluation: early stopping begins to count anew on resume",
+        "phi3v/training/launch.py",
+        '"restore_callback_states_from_checkpoint": args.early_stopping_patience is not None,',
+        '"restore_callback_states_from_checkpoint": False,',
+        "test_evaluation_in_training",
+    ),
+    Mutant(
+        "evaluation: the best checkpoint is the one before",
+        "phi3v/training/trainer.py",
+        "if is_best and self.saved_step == self.state.global_step:",
+        "if False:",
+        "test_evaluation_in_training",
+    ),
 ]
 
 

@@ -42,24 +42,24 @@ def train(checkpoint, folder, scores: list[float], *flags: str):
 
 def test_the_best_checkpoint_is_kept_and_training_stops_early(demo_checkpoint, tmp_path):
     """
-    Two evaluations that are no better end the run, with the best one's weights. One that was killed
-    between them, and goes on, ends at the same step with the same weights.
+    Three evaluations that are no better end the run, with the best one's weights. One that was
+    killed among them, and goes on, ends at the same step with the same weights.
     """
-    flags = ("--early_stopping_patience", "2")
-    whole = train(demo_checkpoint, tmp_path / "a", [0.1, 0.5, 0.4, 0.3, 0.9], *flags)
-    assert whole.state.global_step == 4
+    flags = ("--early_stopping_patience", "3")
+    scores = [0.1, 0.5, 0.4, 0.3, 0.2, 0.9]
+    whole = train(demo_checkpoint, tmp_path / "a", scores, *flags)
+    assert whole.state.global_step == 5
     assert whole.state.best_model_checkpoint.endswith("checkpoint-2")
     best = load_file(tmp_path / "a" / "checkpoint-2" / "model.safetensors")
     saved = load_file(tmp_path / "a" / "model.safetensors")
     assert all((saved[name] == best[name]).all() for name in best)
 
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-5")
     (tmp_path / "b" / "model.safetensors").unlink()
-    resumed = train(
-        demo_checkpoint, tmp_path / "b", [0.4, 0.3, 0.9], *flags, "--resume_from_checkpoint"
-    )
-    assert resumed.state.global_step == 4 and resumed.state.best_metric == 0.5
+    flags = (*flags, "--resume_from_checkpoint")
+    resumed = train(demo_checkpoint, tmp_path / "b", scores[3:], *flags)
+    assert resumed.state.global_step == 5 and resumed.state.best_metric == 0.5
     again = load_file(tmp_path / "b" / "model.safetensors")
     assert all((again[name] == best[name]).all() for name in best)
 

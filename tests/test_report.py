@@ -126,6 +126,8 @@ def test_what_is_on_the_page(outputs, kind, charts):
     curves += ["accuracy by step", "Length of a training sample"]
     assert sorted(captions) == sorted(curves + charts)
     assert source.count("<svg") == len(captions) and source.count("<article") == 24
+    kinds = re.findall('<article class="(wrong|right)"', source)
+    assert set(kinds) == {"wrong", "right"} and kinds == sorted(kinds, reverse=True)
     assert COMMAND in text and "with torch 2.14.1" in text
     assert "0.1000 before → 0.7000 after" in text
     assert len(source) < 400_000 and (outputs[kind] / "report.png").stat().st_size < 150_000
