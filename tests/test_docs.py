@@ -4,15 +4,19 @@ import argparse
 import ast
 import contextlib
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image, ImageColor
 from torch.distributed.run import get_args_parser
 from transformers import TrainingArguments
 
@@ -217,6 +221,51 @@ def test_a_csv_becomes_records(tmp_path, monkeypatch, capsys):
         assert f"{count} samples, 0 of them bad" in capsys.readouterr().out
     lines = "".join(Path(f"{name}.jsonl").read_text() for name in ("train", "eval")).splitlines()
     assert len({json.loads(line)["id"] for line in lines}) == 20
+
+
+@pytest.mark.long
+def test_commands_run(tmp_path):
+    """
+    Those of docs/ that need nothing run as they stand: of 60 pictures in three colours and a CSV,
+    to a check, a trained model, its report and a right answer.
+    """
+    for name in ("phi3v", "demo", "ds_configs", "finetune_hf_trainer_ucf101.py"):
+        (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "images").mkdir()
+    lines = ["file,answer"]
+    for index in range(60):
+        colour = ("Red", "Green", "Blue")[index % 3]
+        shade = ImageColor.getrgb(colour)
+        shade = tuple(value * (200 + index % 50) // 255 for value in shade)
+        Image.new("RGB", (64, 64), shade).save(tmp_path / "images" / f"{index}.png")
+        lines.append(f"{index}.png,{colour}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines), "utf-8")
+    page = (REPO / "docs" / "own_data.md").read_text("utf-8")
+    records = next(code for kind, code in BLOCK.findall(page) if kind == "python")
+    (tmp_path / "make_records.py").write_text(records, "utf-8")
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run(page: str) -> str:
+        blocks = [c for name, c, needs in bash_blocks() if name == page and not needs]
+        done = subprocess.run(
+            ["bash", "-euc", "\n".join(blocks)],
+            cwd=tmp_path,
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+        )
+        assert blocks and done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    assert run("own_data.md").splitlines()[-1] == "Red"
+    run("data_formats.md")
+    assert len((tmp_path / "good.jsonl").read_text().splitlines()) == 54
+    for name in ("my_model", "other_model"):
+        shutil.copytree(tmp_path / "tried", tmp_path / name)
+    run("guide.md")
+    for name in ("tried/report.html", "my_model/report.html", "compared.html"):
+        assert "Confusion matrix" in (tmp_path / name).read_text("utf-8")
 
 
 # ---------------------------------------------------------------- examples/
