@@ -13,6 +13,7 @@ import json
 import string
 from pathlib import Path
 
+import torch
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -23,7 +24,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from demo.make_datasets import NUMBER_WORDS
 from demo.make_videos import CLASSES, FRAME_SIZE
@@ -172,7 +173,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Phi3VConfig:
 def write_checkpoint(out: Path, seed: int) -> int:
     """Write the folder and return the number of parameters."""
     tokenizer = build_tokenizer()
-    set_seed(seed)
+    torch.manual_seed(seed)
     model = Phi3VForCausalLM(build_config(tokenizer))
     crop_size = {"height": FRAME_SIZE, "width": FRAME_SIZE}
     image_processor = Phi3VImageProcessor(num_crops=1, crop_size=crop_size)
