@@ -675,8 +675,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention: sdpa has no mask for a packed row",
-        "phi3v/training/trainer.py",
-        'if "cu_seq_lens_q" in inputs and not self.flags.use_flash_attention:',
+        "phi3v/training/attention.py",
+        'if "cu_seq_lens_q" in batch and not args.use_flash_attention:',
         "if False:",
         "test_packing",
     ),

@@ -4,6 +4,7 @@ and attention takes the kernel that it should.
 """
 
 from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from phi3v.training.attention import (
     PADDED,
     SDPA,
     PaddedRows,
+    add_packed_mask,
     attending_to_padding,
-    packed_mask,
 )
 from phi3v.training.generation import KeyCache
 from phi3v.training.loading import add_adapters
@@ -72,7 +73,7 @@ def make_batch(processor, records: list, precision: str, attention: str, blank=F
         if "DeepSpeed" in precision and "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].to(PRECISIONS[precision][0])
         if "cu_seq_lens_q" in batch and attention == SDPA:
-            batch["attention_mask"] = packed_mask(batch["position_ids"])
+            add_packed_mask(batch, SimpleNamespace(use_flash_attention=False))
     return batch
 
 

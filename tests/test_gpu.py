@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from phi3v.training.attention import (
     FLASH,
     FLASH_ATTN,
     SDPA,
+    add_packed_mask,
     attending_to_padding,
-    packed_mask,
 )
 from small_datasets import cauldron_row, write_parquet
 
@@ -100,7 +101,7 @@ def test_packed_rows_are_padded_rows(demo_checkpoint, demo_processor, attention)
         batch = to_gpu(collator(rows))
         del batch["ids"], batch["lengths"]
         if attention == SDPA and "cu_seq_lens_q" in batch:
-            batch["attention_mask"] = packed_mask(batch["position_ids"])
+            add_packed_mask(batch, SimpleNamespace(use_flash_attention=False))
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())

@@ -2,6 +2,7 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from phi3v.data.collators import TrainingCollator
 from phi3v.data.packing import count_tokens, fit_lengths, pack
 from phi3v.data.records import Records
 from phi3v.errors import DataError
-from phi3v.training.attention import FLASH, FLASH_ATTN, SDPA, packed_mask
+from phi3v.training.attention import FLASH, FLASH_ATTN, SDPA, add_packed_mask
 from phi3v.training.loading import load_processor
 
 # With ids of their own.
@@ -70,7 +71,7 @@ def test_packed_loss_and_gradients_are_the_unpacked_ones(
     assert packed["input_ids"].shape[0] == 1 and "attention_mask" not in packed
     assert (packed["position_ids"] == 0).sum() == len(MORE)
     if attention == SDPA:  # as the trainer does
-        packed["attention_mask"] = packed_mask(packed["position_ids"])
+        add_packed_mask(packed, SimpleNamespace(use_flash_attention=False))
     losses, gradients = [], []
     for batch in (packed, collator(MORE)):
         loss = model(**batch, use_cache=False).loss

@@ -11,8 +11,12 @@ from benchmarks.training_step import LORA
 from conftest import REPO
 from helpers.peak_memory import ACCUMULATION, run_flags, small_batch, small_config
 from helpers.recipes import recipe
+from helpers.records import RECORDS
+from helpers.trainers import arguments
+from phi3v.data.collators import TrainingCollator
 from phi3v.errors import RunError
-from phi3v.training import plan
+from phi3v.model.modeling_phi3_v import token_order
+from phi3v.training import plan, trainer_arguments
 from phi3v.training.flops import training_flops
 from phi3v.training.memory import FakeRun, Memory, Setup
 from small_datasets import examples_row, write_parquet
@@ -216,6 +220,19 @@ def test_a_cpu_counts_nothing(docvqa, monkeypatch):
     monkeypatch.setattr(recipe("docvqa"), "load_model", lambda *args: sys.exit("loads"))
     with pytest.raises(SystemExit, match="loads"):
         docvqa("--deepspeed", "none")
+
+
+def test_a_count_that_fails_leaves_no_fakes(demo_checkpoint, demo_processor, tmp_path, monkeypatch):
+    """The run that goes on computes with tensors that have values."""
+    args = arguments(demo_checkpoint, tmp_path)
+    setup = plan.run_setup(args, plan.Machine(1, "CPU", 8e9, on_gpu=False))
+    run = FakeRun(plan.load_config(args), args, trainer_arguments(args), None, setup)
+    batch = TrainingCollator(demo_processor, for_trainer=True)(RECORDS)
+    del batch["ids"], batch["lengths"]
+    monkeypatch.setattr(run.model, "lm_head", None)
+    with pytest.raises(TypeError):
+        run.training(batch)
+    assert token_order.cache_info().currsize == 0
 
 
 def test_a_count_that_fails_costs_no_run(docvqa, monkeypatch, capsys):

@@ -66,6 +66,11 @@ def fit_lengths(
 
 def count_tokens(processor: Phi3VProcessor, record: dict) -> int:
     """Tokens of a record as it is trained: prompt, images and answers."""
+    return sum(count_parts(processor, record))
+
+
+def count_parts(processor: Phi3VProcessor, record: dict) -> tuple[int, int]:
+    """Tokens of a record up to its last question, images included, and of the last answer."""
     *prompt, answer = to_messages(record)
     text = processor.tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True
@@ -76,7 +81,7 @@ def count_tokens(processor: Phi3VProcessor, record: dict) -> int:
     end = processor.tokenizer(
         f"{answer['content']}<|end|>\n<|endoftext|>", add_special_tokens=False
     )
-    return len(processor.tokenize([text], images)[0]) + len(end.input_ids)
+    return len(processor.tokenize([text], images)[0]), len(end.input_ids)
 
 
 def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:

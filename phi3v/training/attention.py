@@ -144,13 +144,14 @@ for _name, _kernel in {SDPA: None, FLASH: flash, FLASH_ATTN: flash_attn}.items()
     AttentionMaskInterface.register(_name + PADDED, padded_rows)
 
 
-def packed_mask(position_ids: torch.Tensor) -> torch.Tensor:
+def add_packed_mask(batch: dict, args: argparse.Namespace) -> None:
     """
-    For sdpa, the mask of a packed row: `position_ids` (1, s), from 0 for each sample, to
-    (1, 1, s, s) bool.
+    Give a packed row, in place, the mask (1, 1, s, s) that sdpa needs: `position_ids` (1, s) begin
+    with 0 for each sample. Flash attention needs none.
     """
-    sample = (position_ids == 0).cumsum(-1)
-    return (sample[:, None, :, None] == sample[:, None, None, :]).tril()
+    if "cu_seq_lens_q" in batch and not args.use_flash_attention:
+        sample = (batch["position_ids"] == 0).cumsum(-1)
+        batch["attention_mask"] = (sample[:, None, :, None] == sample[:, None, None, :]).tril()
 
 
 @contextlib.contextmanager

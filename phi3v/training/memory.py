@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from ..model.configuration_phi3_v import Phi3VConfig
 from ..model.modeling_phi3_v import CACHE, Phi3VForCausalLM, token_order
-from .attention import SDPA, packed_mask
+from .attention import SDPA, add_packed_mask
 from .generation import KeyCache
 from .loading import freeze_and_adapt
 
@@ -160,8 +160,7 @@ class FakeRun:
                     parameter.grad = torch.empty_like(parameter)
                     live.rename(parameter.grad, "gradients")
                 parameter.register_post_accumulate_grad_hook(keep)
-            if "cu_seq_lens_q" in batch and not self.args.use_flash_attention:
-                batch["attention_mask"] = packed_mask(batch["position_ids"])
+            add_packed_mask(batch, self.args)
             model(**batch, use_cache=False).loss.backward()
         in_backward, at_step = self.gradients()
         weights = self.held_weights(self._elements("stage3_max_live_parameters", 1e9))
@@ -201,15 +200,17 @@ class FakeRun:
     def _counting(self, live: "_Live", batch: dict) -> Iterator[dict]:
         """The batch on fakes, where `live` counts. The model caches tensors of its own."""
         token_order.cache_clear()
-        with self.fake, torch.device("cpu"), live, self.autocast:
-            fakes = {
-                name: self.fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-            }
-            for value in tree_iter(fakes):
-                live.add(value)
-            yield fakes
-        token_order.cache_clear()
+        try:
+            with self.fake, torch.device("cpu"), live, self.autocast:
+                fakes = {
+                    name: self.fake.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                    for name, value in batch.items()
+                }
+                for value in tree_iter(fakes):
+                    live.add(value)
+                yield fakes
+        finally:  # or a run whose count failed would go on with fakes
+            token_order.cache_clear()
 
 
 class _Live(TorchDispatchMode):

@@ -21,8 +21,7 @@ from transformers import TrainingArguments
 
 from ..data.collators import GenerationCollator, TrainingCollator
 from ..data.images import image_sizes
-from ..data.packing import count_tokens
-from ..data.records import to_messages
+from ..data.packing import count_parts
 from ..distributed import print_first, share_out, world_size
 from ..errors import DataError, RunError, one_line
 from ..model.processing_phi3_v import Phi3VProcessor
@@ -177,15 +176,12 @@ def measure(processor: Phi3VProcessor, item: dict | list[dict]) -> Counter:
     """What `training_flops` goes by, and `prompt`, the tokens before the answer: of a row."""
     measured, size = Counter(), processor.image_processor.crop_size["height"]
     for record in item if isinstance(item, list) else [item]:
-        tokens = count_tokens(processor, record)
-        answer = f"{to_messages(record)[-1]['content']}<|end|>\n<|endoftext|>"
-        labels = len(processor.tokenizer(answer, add_special_tokens=False).input_ids)
+        prompt, labels = count_parts(processor, record)
+        tokens = prompt + labels
         padded = [processor.image_processor.calc_hd_size(*s) for s in image_sizes(record)]
         crops = sum(width * height // size**2 + 1 for width, height in padded)
         pairs = tokens * (tokens + 1) // 2
-        measured.update(
-            tokens=tokens, prompt=tokens - labels, pairs=pairs, labels=labels, crops=crops
-        )
+        measured.update(tokens=tokens, prompt=prompt, pairs=pairs, labels=labels, crops=crops)
     return measured
 
 

@@ -27,7 +27,7 @@ from ..distributed import print_first
 from ..errors import OVERFLOW, RunError, one_line, phase
 from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
-from .attention import packed_mask
+from .attention import add_packed_mask
 from .card import describe, model_card, push
 from .checkpoints import take_over
 from .generation import generate
@@ -167,8 +167,7 @@ class Phi3VTrainer(Trainer):
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         self.meter.count(inputs)
         ids, _ = inputs.pop("ids"), inputs.pop("lengths")
-        if "cu_seq_lens_q" in inputs and not self.flags.use_flash_attention:
-            inputs["attention_mask"] = packed_mask(inputs["position_ids"])
+        add_packed_mask(inputs, self.flags)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.losses.append((ids, loss))
         return loss
