@@ -55,7 +55,7 @@ def load_datasets(args) -> tuple[Records, Records]:
     train_name = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
     eval_name, flag = args.eval_dataset_name_or_path, "--eval_dataset_name_or_path"
     columns = (MINI_COLUMNS, CAULDRON_COLUMNS)
-    train = load_rows(train_name, *columns, config="docvqa")
+    train = load_rows(train_name, *columns, config="docvqa", streaming=args.streaming)
     evaluation = load_rows(eval_name, *columns, config="docvqa", split="test", flag=flag)
     to_record = partial(to_records, seed=args.seed)
     return Records(train, to_record), Records(evaluation, to_record)

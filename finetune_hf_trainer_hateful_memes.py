@@ -55,8 +55,9 @@ def load_datasets(args) -> tuple[Records, Records]:
         train = load_rows(f"{name}/train.jsonl", CHALLENGE_COLUMNS)
         evaluation = load_rows(f"{name}/{args.eval_file}", CHALLENGE_COLUMNS)
         return tuple(Records(r, challenge_record, image_dir=name) for r in (train, evaluation))
-    train = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[{n}:]")
-    evaluation = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", split=f"train[:{n}]")
+    hub = {"config": "hateful_memes", "streaming": args.streaming}
+    train = load_rows(name, CAULDRON_COLUMNS, split=f"train[{n}:]", **hub)
+    evaluation = load_rows(name, CAULDRON_COLUMNS, split=f"train[:{n}]", **hub)
     return Records(train, cauldron_records), Records(evaluation, cauldron_records)
 
 

@@ -52,8 +52,9 @@ def load_datasets(args) -> tuple[Records, Records]:
         evaluation = load_rows(f"{name}/{args.eval_file}", OFFICIAL_COLUMNS)
         to_record = partial(official_record, paths=find_images(name))
     else:
-        train = load_rows(name, CAULDRON_COLUMNS, config="nlvr2", split=f"train[{n}:]")
-        evaluation = load_rows(name, CAULDRON_COLUMNS, config="nlvr2", split=f"train[:{n}]")
+        hub = {"config": "nlvr2", "streaming": args.streaming}
+        train = load_rows(name, CAULDRON_COLUMNS, split=f"train[{n}:]", **hub)
+        evaluation = load_rows(name, CAULDRON_COLUMNS, split=f"train[:{n}]", **hub)
         to_record = cauldron_records
     return Records(train, to_record), Records(evaluation, to_record)
 

@@ -49,9 +49,9 @@ def get_arguments():
     data.add_argument("--eval_split", choices=["val", "test"], default="val", help="to evaluate on")
     data.add_argument("--train_file", help="conversations to train on, in place of --data_dir's")
     data.add_argument("--eval_file", help="and to evaluate on")
-    data.add_argument("--image_dir", help="that their image paths are relative to")
+    data.add_argument("--image_dir", help="that image paths are relative to; shards need none")
     args = parser.parse_args()
-    if args.data_dir is None and None in (args.train_file, args.eval_file, args.image_dir):
+    if args.data_dir is None and None in (args.train_file, args.eval_file):
         parser.error("give --data_dir, or --train_file, --eval_file and --image_dir.")
     return args
 
@@ -62,7 +62,8 @@ def load_datasets(args) -> tuple[Records, Records]:
     train_file = args.train_file or folder / "ucf101_train.jsonl"
     eval_file = args.eval_file or folder / f"ucf101_{args.eval_split}.jsonl"
     image_dir = args.image_dir or folder / "images"
-    return load_records(train_file, image_dir), load_records(eval_file, image_dir)
+    train = load_records(train_file, image_dir, streaming=args.streaming)
+    return train, load_records(eval_file, image_dir)
 
 
 def metrics(results) -> dict[str, float]:

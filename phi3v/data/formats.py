@@ -10,10 +10,12 @@ What datasets look like elsewhere, to records (see `records.py`). Their keys tel
                               {"role": "assistant", "content": "A cat."}], "images": ["a.jpg"]}
     ms-swift              {"messages": [{"role": "user", "content": "<image>What is it?"}, ...],
                            "images": ["a.jpg"]}
+    the_cauldron          {"images": ["a.jpg"], "texts": [
+                              {"user": "What is it?", "assistant": "A cat."}]}
 
-An image stands where `<image>` does; a part {"type": "image"} may also bring its own as "image",
-"path" or "url". A conversation may begin with a system turn. Ids need not differ: a record's is
-`<id>-<line>`.
+Of the last one, each text is a record, with all images before it. In the others, an image stands
+where `<image>` does; a part {"type": "image"} may also bring its own as "image", "path" or "url". A
+conversation may begin with a system turn. Ids need not differ: a record's is `<id>-<line>`.
 
 Where questions are asked for, the last answer of each may be absent, and this is one too:
 
@@ -30,6 +32,7 @@ from ..errors import DataError, quoted
 from .images import image_source
 from .records import FIELDS, IMAGE, Records
 from .rows import Lines, check_fields, check_type
+from .shard_rows import open_shards
 
 ROLES = {
     "system": "system",
@@ -41,23 +44,33 @@ ROLES = {
 UNANSWERED = "?"  # stands for the answer of a record that has none
 
 
-def load_records(path: str | Path, image_dir: str | Path, questions: bool = False) -> Records:
+def load_records(
+    path: str | Path,
+    image_dir: str | Path | None,
+    questions: bool = False,
+    streaming: bool = False,
+) -> Records:
     """
     The records of a jsonl file, or of a JSON list, in any of these formats. Images are paths in
-    `image_dir`.
+    `image_dir`. Or those that `python -m phi3v.shards` wrote: a folder, or an id on the hub.
 
     Args:
         questions: see `to_record`.
+        streaming: it has to be shards; those on the hub are read there.
 
     Raises:
         DataError: there is no such file, it cannot be read, or it is empty.
     """
+    if (shards := open_shards(str(path), streaming=streaming)) is not None:
+        return Records(shards)
+    if streaming:
+        raise DataError(f"--streaming: {path} is not what python -m phi3v.shards wrote.")
     return Records(Lines(path), partial(to_record, questions=questions), image_dir=image_dir)
 
 
-def to_record(row: object, questions: bool = False) -> dict:
+def to_record(row: object, questions: bool = False) -> dict | list[dict]:
     """
-    A record of a row in one of these formats; one that is a record stays as it is.
+    A record of a row in one of these formats, or several; one that is a record stays as it is.
 
     Args:
         questions: the last answer may be absent, and is UNANSWERED then.
@@ -69,6 +82,8 @@ def to_record(row: object, questions: bool = False) -> dict:
     check_type(row, dict, "the record")
     if questions and "question" in row:
         return _question(row)
+    if "texts" in row:
+        return list(_texts(row))
     if "messages" in row:
         field, turns = "messages", check_type(row["messages"], list, "messages")
         role, content, images = "role", "content", row.get("images")
@@ -118,6 +133,15 @@ def _question(row: dict) -> dict:
     turn = {"images": images, "user": row["question"], "assistant": UNANSWERED}
     named = {} if row.get("id") in (None, "") else {"id": str(row["id"])}
     return {**named, "source": "question", "conversations": [turn]}
+
+
+def _texts(row: dict) -> Iterator[dict]:
+    """A record for each of the texts of a row of the_cauldron."""
+    check_fields(row, "the row", {"images", "texts"})
+    for number, text in enumerate(check_type(row["texts"], list, "texts")):
+        check_fields(text, f"texts[{number}]", {"user", "assistant"})
+        turn = {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+        yield {"source": text.get("source") or "texts", "conversations": [turn]}
 
 
 def _turns(

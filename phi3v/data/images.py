@@ -44,9 +44,14 @@ def load_images(
     return _read_all(record, image_processor, lambda image, file: image.load())
 
 
-def check_images(record: dict, image_processor: Phi3VImageProcessor) -> None:
-    """Look for what is wrong with a record's images, cheaply. Errors as `load_images`."""
-    _read_all(record, image_processor, _decode_if_suspicious)
+def check_images(record: dict, image_processor: Phi3VImageProcessor) -> list[tuple[int, int]]:
+    """
+    Look for what is wrong with a record's images, cheaply. Errors as `load_images`.
+
+    Returns:
+        (width, height) of each.
+    """
+    return [image.size for image in _read_all(record, image_processor, _decode_if_suspicious)]
 
 
 def image_sizes(record: dict) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from datasets.utils import tqdm
 from ..distributed import print_first, share_out
 from ..errors import DataError, first_line, quoted
 from .rows import ROW, ImageFolder, Lines, Texts, check_fields, check_type
+from .shard_rows import ShardRows
 
 SHOWN = 10
 SKIP = "Or go on without bad samples: --skip_bad_samples."
@@ -131,10 +132,10 @@ class Records(Sequence):
     Args:
         rows: a `datasets.Dataset`, `Lines`, or any sequence.
         to_record: a row to its record, or to several: a list, or a generator. Without it, rows are
-            records. Images of a `datasets.Dataset` are not read while its rows are checked, so it
-            should hand them on as they are. Whatever it raises becomes a DataError that names the
-            row. A record without an id gets `<source>-<row>`, of several
-            `<source>-<row>-<number>`.
+            records; those of shards are anyhow. Images of a `datasets.Dataset` are not read while
+            its rows are checked, so it should hand them on as they are. Whatever it raises becomes
+            a DataError that names the row. A record without an id gets `<source>-<row>`, of
+            several `<source>-<row>-<number>`.
         origin: what the rows are called in messages. `Lines` and what `load_rows` returns know it.
         image_dir: the folder that images are paths in; they may not leave it.
     """
@@ -156,6 +157,8 @@ class Records(Sequence):
             if ROW in rows.column_names:
                 self._numbers = rows.with_format("numpy")[ROW][:]
                 self.rows = rows.remove_columns(ROW)
+        if isinstance(rows, ShardRows):
+            self.to_record, self.origin = None, rows.root
         # (records, 2): the index of a record's row, and its number there. None before `check`.
         self._keys: np.ndarray | None = None
 
@@ -167,8 +170,17 @@ class Records(Sequence):
         return self._record(row, self._make(row, self.rows)[number])
 
     def where(self, index: int) -> str:
-        """Where a record comes from, for messages: "file, line 3"."""
-        return self._place(self._checked()[index][0])
+        """Where a record comes from, for messages, as `place` has it."""
+        return self.place(self._checked()[index][0])
+
+    @property
+    def shards(self) -> ShardRows | None:
+        """What the records are read from, where it is shards."""
+        return self.rows if isinstance(self.rows, ShardRows) else None
+
+    def places(self) -> np.ndarray:
+        """(records,), of shards: where each lies among all that they hold."""
+        return self.rows.order[self._checked()[:, 0]]
 
     def select(self, indices: Sequence[int]) -> "Records":
         """Some of the records, in this order."""
@@ -194,6 +206,10 @@ class Records(Sequence):
 
     def find_bad(self, first_alone: bool = False) -> list[DataError]:
         """What `check` finds, and the records are without from now on; or not all of it."""
+        if self.shards:  # which were checked when they were written
+            rows = np.arange(len(self.rows))
+            self._keys = np.stack([rows, np.zeros_like(rows)], axis=1)
+            return []
         is_dataset = isinstance(self.rows, datasets.Dataset)
         texts = Texts(self.rows) if is_dataset else self.rows
         checked = share_out(
@@ -213,7 +229,7 @@ class Records(Sequence):
                 elif identifier in first:
                     other = f"{self._word} {self._numbers[first[identifier]]}"
                     error = f"id {quoted(identifier)} is that of {other} too. Make ids unique."
-                    bad.append(DataError(f"{self._place(row)}: {error}"))
+                    bad.append(DataError(f"{self.place(row)}: {error}"))
                 else:
                     first[identifier] = row
                     keys.append((row, number))
@@ -221,25 +237,36 @@ class Records(Sequence):
             self._keys = np.array(keys, dtype=np.int64).reshape(-1, 2)
         return bad
 
+    def read_row(self, row: int, rows: Sequence | None = None) -> list[dict | DataError]:
+        """
+        The records of a row, checked, but for whether their ids are unique; a bad one is its error.
+
+        Args:
+            rows: to read it from, if not the records' own; perhaps without images.
+        """
+        try:
+            made = self._make(row, self.rows if rows is None else rows)
+        except DataError as error:
+            return [error]
+        records: list[dict | DataError] = []
+        for record in made:
+            try:
+                records.append(self._record(row, record))
+            except DataError as error:
+                records.append(error)
+        return records
+
     def _check_row(self, row: int, texts: Sequence) -> list[str | DataError]:
         """
         The ids of a row's records; of several, a bad one is its error.
 
-        Args:
-            texts: the rows, perhaps without their images.
-
         Raises:
             DataError: the row, or its only record, is bad.
         """
-        made, ids = self._make(row, texts), []
-        for record in made:
-            try:
-                ids.append(self._record(row, record)["id"])
-            except DataError as error:
-                if len(made) == 1:
-                    raise
-                ids.append(error)
-        return ids
+        records = self.read_row(row, texts)
+        if len(records) == 1 and isinstance(records[0], DataError):
+            raise records[0]
+        return [r if isinstance(r, DataError) else r["id"] for r in records]
 
     def _checked(self) -> np.ndarray:
         return self._keys if self._keys is not None else self.check()._keys
@@ -275,18 +302,19 @@ class Records(Sequence):
         except Exception as error:
             raise self._error(row, error, record) from _cause(error)
 
-    def _place(self, row: int) -> str:
+    def place(self, row: int) -> str:
+        """Where a row comes from, for messages: "file, line 3"."""
         place = f"{self._word} {self._numbers[row]}"
         return f"{self.origin}, {place}" if self.origin else place
 
     def _error(self, row: int, error: Exception, content: object) -> DataError:
         """A DataError with the place of a row; of an error of other kinds, with its content too."""
         if isinstance(error, DataError):
-            return DataError(f"{self._place(row)}: {error}")
+            return DataError(f"{self.place(row)}: {error}")
         reason = first_line(error)
         if not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        return DataError(f"{self._place(row)}: {reason}. Correct it; it is {quoted(content)}.")
+        return DataError(f"{self.place(row)}: {reason}. Correct it; it is {quoted(content)}.")
 
 
 def _cause(error: Exception) -> Exception | None:

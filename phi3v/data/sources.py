@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from ..errors import DataError, first_line
 from .rows import ROW, Lines, is_image, item_type
+from .shard_rows import ShardRows, open_shards
 
 # As `datasets` and the hub name the parts of a split: train-00000-of-00003.parquet.
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?!\d).*")
@@ -25,10 +26,12 @@ def load_rows(
     config: str | None = None,
     split: str = "train",
     flag: str = "--dataset_name_or_path",
-) -> datasets.Dataset | Lines:
+    streaming: bool = False,
+) -> datasets.Dataset | Lines | ShardRows:
     """
     A split of a hub dataset. Or in its place: a local folder of parquet files, a folder that
-    `save_to_disk` wrote, a file of json lines. Images stay encoded; the collator decodes them.
+    `save_to_disk` wrote, a file of json lines; or records that `python -m phi3v.shards` wrote, in a
+    folder or on the hub. Images stay encoded; the collator decodes them.
 
     Args:
         layouts: the columns that the recipe reads, in every form in which it knows the dataset:
@@ -37,6 +40,7 @@ def load_rows(
         config: of a hub dataset with several.
         split: also a part of one, such as "train[500:]".
         flag: that `name_or_path` was given with, for messages.
+        streaming: it has to be shards; those on the hub are read there.
 
     Returns:
         Rows that keep their number in the split, and their origin, through `select`, `filter` and
@@ -53,6 +57,11 @@ def load_rows(
     if not (part := PART.fullmatch(split)):
         raise DataError(f"{split} is no part of a split. Take one like train[500:].")
     whole, start, stop = part.groups()
+    part = slice(int(start or 0), int(stop) if stop else None)
+    if (shards := open_shards(name, whole, part, streaming)) is not None:
+        return shards
+    if streaming:
+        raise DataError(f"--streaming: {name} is not what python -m phi3v.shards wrote.")
     try:
         if os.path.isdir(folder):
             rows = _load_folder(folder, config, whole)
@@ -72,7 +81,7 @@ def load_rows(
         ) from error
     if layouts:
         _check_columns(rows, layouts, name)
-    part = range(len(rows))[int(start or 0) : int(stop) if stop else None]
+    part = range(len(rows))[part]
     if not part:
         raise DataError(f"{name} has {len(rows)} rows, none of them in {split}. Take another part.")
     encoded = datasets.Image(decode=False)

@@ -267,6 +267,12 @@ def _add_flags(parser: argparse.ArgumentParser, num_crops: int) -> None:
         "seeing each other; a batch then counts rows",
     )
     group.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read training data that python -m phi3v.shards wrote in sequence, and of a hub id "
+        "what is read alone; samples that lie together are then shuffled among themselves",
+    )
+    group.add_argument(
         "--skip_bad_samples",
         action="store_true",
         help="go on without samples that are wrong or whose images cannot be read, and say which; "
@@ -365,6 +371,10 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             f"--batch_size {args.batch_size} must be divisible by {processes} processes x "
             f"--batch_size_per_gpu {args.batch_size_per_gpu} = {per_step}."
         )
+    if args.streaming and (args.max_length or args.pack_length):
+        yield "--streaming: --max_length and --pack_length would read all samples to count tokens."
+    if args.streaming and "train_sampling_strategy" in args.others:
+        yield "--streaming: --train_sampling_strategy is that of the shards."
     anew = args.eval_only or args.overwrite_output_dir
     if anew and args.resume_from_checkpoint is not None:
         yield "--resume_from_checkpoint contradicts --eval_only and --overwrite_output_dir."

@@ -19,6 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..data.images import image_source
+from ..data.records import Records
 from ..distributed import on_first_rank, print_first
 from ..errors import RunError, phase
 from .arguments import RecipeParser
@@ -202,8 +203,12 @@ def fingerprint(dataset: Sequence) -> str:
     The number of samples and a hash over them: ids, texts and the images' names and sizes.
 
     Of a long dataset, FINGERPRINT_SAMPLES are hashed, in even steps. Their folder does not count.
+    Shards have a hash of their own, and what is chosen of them counts.
     """
     digest = hashlib.sha256()
+    if isinstance(dataset, Records) and dataset.shards:
+        digest.update(dataset.shards.identity.encode() + dataset.places().tobytes())
+        return f"{len(dataset)} samples, {digest.hexdigest()[:16]}"
     for index in range(0, len(dataset), max(1, len(dataset) // FINGERPRINT_SAMPLES)):
         sample = dataset[index]
         for record in sample if isinstance(sample, list) else [sample]:

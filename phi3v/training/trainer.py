@@ -23,6 +23,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.collators import TrainingCollator
+from ..data.shard_order import ShardOrder
 from ..distributed import print_first
 from ..errors import OVERFLOW, RunError, one_line, phase
 from ..model.processing_phi3_v import Phi3VProcessor
@@ -159,6 +160,13 @@ class Phi3VTrainer(Trainer):
     def get_train_dataloader(self):
         with phase(f"--train_sampling_strategy {self.args.train_sampling_strategy}"):
             return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler:
+        if not self.flags.streaming:
+            return super()._get_train_sampler(train_dataset)
+        streams = self.args.world_size * max(1, self.args.dataloader_num_workers)
+        batch_size, seed = self.args.per_device_train_batch_size, self.args.seed
+        return ShardOrder(self.train_dataset, batch_size, streams, seed)
 
     def get_batch_samples(self, *args, **kwargs):
         with self.meter.waiting():
