@@ -37,6 +37,7 @@ class Mutant(NamedTuple):
 
 
 VIDEO, FRAME_FOLDER = "phi3v/data/video.py", "phi3v/data/frame_folder.py"
+ENGINE = "phi3v/data/engine.py"
 MODEL, IMAGES = "phi3v/model/modeling_phi3_v.py", "phi3v/model/image_processing_phi3_v.py"
 CHECKPOINTS, OUTPUT = "phi3v/training/checkpoints.py", "phi3v/training/output_folder.py"
 
@@ -546,7 +547,7 @@ MUTANTS = [
     ),
     Mutant(
         "converter: a worker outlives its killed parent",
-        FRAME_FOLDER,
+        ENGINE,
         "multiprocessing.parent_process().join()",
         "threading.Event().wait()",
         "test_convert_ucf101",

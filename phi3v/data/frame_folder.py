@@ -2,14 +2,8 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +11,7 @@ from typing import NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
+from phi3v.data.engine import run_all
 from phi3v.data.video import MADE_BY, read_frames, reason, to_jpeg
 from phi3v.errors import RunError
 
@@ -93,54 +88,6 @@ def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb
 # ---- All videos ----
 
 
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent ends, even if it was killed."""
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def run_pool(work: Callable, num_workers: int, *arguments: list) -> Iterator[dict]:
-    # Forked, a worker is there at once; spawned, it imports the script and phi3v again, some
-    # 5 seconds. On macOS to fork is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(num_workers, len(arguments[0])), context, start_worker)
-    try:
-        yield from pool.map(work, *arguments)
-    except BaseException:  # stopped: the videos at work are not waited for
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def run_all(
-    work: Callable, num_workers: int, videos: list[Video], old: list[dict]
-) -> Iterator[dict]:
-    """Yield what `work` returns for the videos, in order. A worker that dies costs one video."""
-    start = 0
-    while start < len(videos):
-        lines = run_pool(work, num_workers, videos[start:], old[start:])
-        with suppress(BrokenProcessPool), closing(lines):
-            for line in lines:
-                start += 1
-                yield line
-        # A worker that dies (a crash in a decoder, no memory) takes the whole pool with it. Videos
-        # start in order, so it had one of the next: these get a process each.
-        for i in range(start, min(start + 2 * num_workers, len(videos))):
-            start += 1
-            try:
-                yield from run_pool(work, 1, [videos[i]], [old[i]])
-            except BrokenProcessPool:
-                yield {"error": "its worker process died"}
-
-
 class FrameFolder:
     """
     An output folder, as a context: other converters are kept out. It holds
@@ -199,7 +146,8 @@ class FrameFolder:
         done = {line["name"]: line for line in self.old}
         old = [done.get(video.name, {}) for video in videos]
         work = partial(convert_video, folder=self.folder, num_frames=num_frames, max_gb=max_gb)
-        lines = run_all(work, num_workers, videos, old)
+        died = {"error": "its worker process died"}
+        lines = run_all(work, videos, old, died=died, num_workers=num_workers)
         with self.manifest.open("a") as file, closing(lines):
             file.write("\n")  # ends a line that a killed run has begun
             for video, line in zip(videos, lines, strict=True):
