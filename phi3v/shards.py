@@ -15,7 +15,7 @@ records, ids, and that images can be read.
     shards/train.order.npy, shards/train.shards.json    what there is, written last
 
 A run that was killed goes on with the same command. With --ray, the nodes need the same paths.
-The exit status is 0 if the shards are written, and 2 if they cannot be.
+The exit status is 0 if the shards are written, 2 if they cannot be, 130 after Ctrl-C.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -38,6 +39,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from tqdm import tqdm
 
+from .data.engine import run_all
 from .data.formats import load_records, to_record
 from .data.frame_folder import write_file
 from .data.images import check_images, image_source
@@ -49,9 +51,11 @@ from .errors import DataError, RunError, one_line, phase, quoted
 from .model.image_processing_phi3_v import Phi3VImageProcessor
 from .training.arguments import COUNT
 
+RAY_HELP = "work on a Ray cluster, by default the one at hand, or else a local one; needs ray"
 GROUP_BYTES, GROUP_ROWS = 1 << 20, 1000  # a row group ends at the first of them
 SAMPLES = 1000  # of a source, by which it is known again
 METADATA = b"phi3v"
+DIED = None  # in place of a shard's errors
 COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}]}
 # With the most crops: an image that does not fit even those is bad.
 PROCESSOR = Phi3VImageProcessor(num_crops=16)
@@ -102,8 +106,8 @@ def write_shards(
     Args:
         records: any, such as a recipe's `load_datasets` returns.
         skip_bad: leave bad records out, and print which.
-        run: maps a function over shards; in other processes, on other machines.
-        bar: shows how far it is.
+        run: maps a function over shards, such as `run_all` does.
+        bar: shows how far it is, of how many shards.
 
     Raises:
         DataError: a record is bad, or the id of two.
@@ -116,6 +120,8 @@ def write_shards(
         _make_way(plan)
         numbers = range(plan.count)
         for errors in bar(run(partial(_write_shard, plan=plan), numbers), plan.count):
+            if errors is DIED:
+                raise RunError("a process that wrote a shard died. Was its memory full?")
             if errors and not skip_bad:
                 report_bad([DataError(text) for _, text in errors], plan.count, "", False)
         _finish(plan)
@@ -154,6 +160,8 @@ def _make_way(plan: Plan) -> None:
     Raises:
         RunError: there are files of another origin, or finished shards of another plan.
     """
+    for path in plan.folder.glob(f".{plan.split}-*.part"):  # of a run that was killed
+        path.unlink()
     finished = (plan.folder / f"{plan.split}{ENDING}").exists()
     for path in sorted(plan.folder.glob(f"{plan.split}-*.parquet")):
         theirs = _metadata(path).get("plan")
@@ -269,7 +277,7 @@ def _finish(plan: Plan) -> None:
     """Write the order of the records and the manifest."""
     files, tables, bad, min_crops = [], [], [], 1
     for path in map(plan.path, range(plan.count)):
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+        with pyarrow.parquet.ParquetFile(path) as file:
             tables.append(file.read(columns=["id", "row", "number"]))
             meta = file.metadata
             rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
@@ -325,14 +333,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a file of conversations, a hub id or a folder")
-    add("--image_dir", metavar="DIR", help="of a file: what image paths are relative to")
+    add("--image_dir", type=Path, metavar="DIR", help="of a file: what image paths are relative to")
     add("--config", help="of a hub id with several")
     add("--split", default="train", help="of the source, and of the shards (default: train)")
-    add("--out_dir", required=True, help="where the shards go")
+    add("--out_dir", type=Path, required=True, help="where the shards go")
     add("--seed", type=int, default=42, help="of the order in them (default: 42)")
     add("--rows_per_shard", type=COUNT, default=5000, help="rows of a file (default: 5000)")
     add("--skip_bad_samples", action="store_true", help="leave bad ones out, and say which")
-    add("--num_workers", type=COUNT, default=os.cpu_count(), help="processes (default: all CPUs)")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help=RAY_HELP)
+    add("--num_workers", type=COUNT, help="processes at a time (default: all CPUs)")
     add("--push_to_hub", metavar="NAME", help="upload them to this dataset on the hub")
     add("--private", action="store_true", help="which is private, if it is made now")
     add("--no-tqdm", dest="tqdm", action="store_false", help="no progress bar")
@@ -365,7 +374,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.seed,
             args.rows_per_shard,
             args.skip_bad_samples,
-            bar=partial(tqdm, unit="shard", disable=not args.tqdm),
+            run=partial(
+                run_all,
+                died=DIED,
+                num_workers=args.num_workers,
+                ray_address=args.ray,
+                shared=[path for path in (args.out_dir, args.image_dir) if path],
+            ),
+            bar=lambda done, total: tqdm(done, total=total, unit="shard", disable=not args.tqdm),
         )
         print(f"Wrote {args.out_dir}")
         if args.push_to_hub:
@@ -373,6 +389,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, RunError) as error:
         print(f"phi3v.shards: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("phi3v.shards: stopped; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -388,4 +407,5 @@ def _push(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C
     sys.exit(main())
