@@ -61,7 +61,7 @@ def load_datasets(args) -> tuple[Records, Records]:
     folder = Path(args.data_dir or ".")
     train_file = args.train_file or folder / "ucf101_train.jsonl"
     eval_file = args.eval_file or folder / f"ucf101_{args.eval_split}.jsonl"
-    image_dir = args.image_dir or folder / "images"
+    image_dir = args.image_dir or (args.data_dir and folder / "images")
     train = load_records(train_file, image_dir, streaming=args.streaming)
     return train, load_records(eval_file, image_dir)
 

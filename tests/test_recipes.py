@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def given(**values: object) -> SimpleNamespace:
     """Parsed arguments, as far as a function looks at them."""
-    return SimpleNamespace(**values)
+    return SimpleNamespace(**{"streaming": False, **values})
 
 
 def load(name: str, skip_bad: bool = False, **values: object) -> list[Records]:
@@ -322,7 +322,7 @@ def test_evaluation_during_training_and_alone(demo_checkpoint, tmp_path, monkeyp
 # ---------------------------------------------------------------- UCF-101
 
 
-def test_conversations_of_other_tools(demo_checkpoint, tmp_path, monkeypatch, capsys):
+def test_conversations_of_other_tools(demo_checkpoint, tmp_path, monkeypatch):
     """--train_file and --eval_file: a list of LLaVA's, and messages on lines."""
     picture(0).save(tmp_path / "a.jpg")
     turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "Red"}]
@@ -335,9 +335,8 @@ def test_conversations_of_other_tools(demo_checkpoint, tmp_path, monkeypatch, ca
     ]
     (tmp_path / "eval.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.jpg"]}))
     files = ("--train_file", tmp_path / "train.json", "--eval_file", tmp_path / "eval.jsonl")
-    with pytest.raises(SystemExit):
+    with pytest.raises(DataError, match="train.json: give --image_dir"):
         run("ucf101", demo_checkpoint, tmp_path, monkeypatch, *files)
-    assert "--train_file, --eval_file and --image_dir" in capsys.readouterr().err
     run("ucf101", demo_checkpoint, tmp_path, monkeypatch, *files, "--image_dir", tmp_path)
     after = json.loads((tmp_path / "output" / "eval_after.json").read_text())
     assert after["ids"] == ["messages-1"] and after["answers_unique"] == ["red"]
