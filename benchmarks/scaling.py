@@ -1,25 +1,31 @@
 """
-What grows with what: crops, tokens, images, rows of jsonl, processes; and the arithmetic of a
-cluster. `benchmarks/SCALING.md` reads the tables.
+What grows with what: crops, tokens, images, rows of jsonl and of shards, processes; and the
+arithmetic of a cluster. `benchmarks/SCALING.md` reads the tables.
 
     python -m benchmarks.scaling                    # all tables; 1e6 rows need 2 GB of /tmp
     python -m benchmarks.scaling --parts cluster    # the arithmetic alone, nothing is measured
 
 `samples`: a step (forward, backward, AdamW) of ours on the scaled-down model, and the collator's
 time for its batch. `rows`: `load_records` on a jsonl of eight images per row, and its check, in a
-process of its own. `processes`: the same step under DDP, one sample and one thread per process.
+process of its own. `shards`: `python -m phi3v.shards` of a jsonl with a small photo per row, the
+same start on what it writes, and reading it. `processes`: the same step under DDP, one sample and
+one thread per process.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoProcessor
 
@@ -30,10 +36,12 @@ from benchmarks.training_step import collate, process_memory, run, to_device
 from phi3v import Phi3VForCausalLM
 from phi3v.data.collators import TrainingCollator
 from phi3v.data.formats import load_records
+from phi3v.data.shard_order import ShardOrder
+from phi3v.training.checkpoints import fingerprint
 from phi3v.training.flops import training_flops
 from phi3v.training.throughput import count_batch
 
-PARTS = ("samples", "rows", "processes", "cluster")
+PARTS = ("samples", "rows", "shards", "processes", "cluster")
 
 
 def step_seconds(model: torch.nn.Module, batch: dict, steps: int) -> list[float]:
@@ -126,6 +134,69 @@ def jsonl_rows(counts: list[int]) -> list[list[str]]:
             seconds, memory = child("rows", ["--folder", folder], {})
         rows.append([f"{count:,}", f"{seconds:.1f}", f"{memory / 2**20:.0f}"])
     return rows
+
+
+# ---- Shards ----
+
+
+def make_photos(folder: Path, count: int) -> None:
+    """A jsonl of `count` rows, with one of 100 JPEGs of some 2 kB each."""
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(100):
+        pixels = noise.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.jpg")
+    with (folder / "data.jsonl").open("w") as file:
+        for row in range(count):
+            turn = {"images": [f"{row % 100}.jpg"], "user": "What is it?", "assistant": str(row)}
+            file.write(json.dumps({"id": str(row), "conversations": [turn]}) + "\n")
+
+
+def read_in_child(folder: Path) -> None:
+    """
+    Print seconds of a start, bytes above those of the libraries after it and after reading, and
+    milliseconds a record in a random order and in that of --streaming, as JSON.
+    """
+    libraries, start = process_memory("VmRSS"), time.perf_counter()
+    records = load_records(folder / "shards", None).check()
+    fingerprint(records)
+    order = ShardOrder(records, batch_size=1, streams=1, seed=0)
+    started = time.perf_counter() - start
+    memory, milliseconds = [process_memory("VmRSS") - libraries], []
+    for indices in (torch.randperm(len(records))[:2000].tolist(), list(order)[:2000]):
+        start = time.perf_counter()
+        for index in indices:
+            records[index]
+        milliseconds.append(1000 * (time.perf_counter() - start) / len(indices))
+    memory.append(process_memory("VmRSS") - libraries)
+    print(json.dumps([started, *memory, *milliseconds]))
+
+
+def shard_rows(counts: list[int]) -> list[list[str]]:
+    rows = []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            make_photos(Path(folder), count)
+            command = [sys.executable, "-m", "phi3v.shards", f"{folder}/data.jsonl", "--no-tqdm"]
+            command += ["--image_dir", f"{folder}/images", "--out_dir", f"{folder}/shards"]
+            start, before = time.perf_counter(), children_seconds()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            wrote, work = time.perf_counter() - start, children_seconds() - before
+            started, memory, later, *reading = child("shards", ["--folder", folder], {})
+        rows.append(
+            [
+                *(f"{count:,}", f"{wrote:.0f}", f"{work:.0f}", f"{started:.2f}"),
+                *(f"{memory / 2**20:.0f}", f"{later / 2**20:.0f}"),
+                *(f"{ms:.2f}" for ms in reading),
+            ]
+        )
+    return rows
+
+
+def children_seconds() -> float:
+    """CPU seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def child(part: str, flags: list[str], environment: dict, launcher: tuple[str, ...] = ()) -> list:
@@ -231,6 +302,8 @@ def main():
     args = parser.parse_args()
     if args.child == "rows":
         return load_in_child(args.folder)
+    if args.child == "shards":
+        return read_in_child(args.folder)
     if args.child == "processes":
         return step_in_child(args.size, args.steps)
     for part in args.parts:
@@ -244,6 +317,12 @@ def print_part(part: str, args: argparse.Namespace) -> None:
     elif part == "rows":
         header = ["rows", "start, s", "MiB more"]
         report("Growth with a jsonl", header, jsonl_rows(args.rows), args.save, part)
+    elif part == "shards":
+        header = [
+            *("rows", "write, s", "write, CPU s", "start, s", "MiB more", "MiB after reading"),
+            *("ms a record, at random", "streaming"),
+        ]
+        report("Growth with shards", header, shard_rows(args.rows), args.save, part)
     elif part == "processes":
         header = ["processes", "step, s", "samples/s", "times one process"]
         rows = process_rows(args.processes, args.size, args.steps)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from helpers.trainers import arguments, make_trainer
 from phi3v import shards
@@ -230,6 +231,8 @@ def test_to_the_hub_and_back(source, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("phi3v.data.shard_rows.fsspec.core.url_to_fs", places.__getitem__)
     remote = Records(load_rows("me/data", split="train[2:]", streaming=True))
     assert not remote.shards.local and [record["id"] for record in remote] == ids[2:]
+    workers = DataLoader(remote, batch_size=None, num_workers=2)  # forked from who has read there
+    assert [record["id"] for record in workers] == ids[2:]
 
 
 def test_streaming_needs_shards(source, tmp_path):

@@ -165,11 +165,10 @@ class ShardRows(Sequence):
         number = int(np.searchsorted(self.first_group, group, side="right")) - 1
         path = self.paths[number]
         try:
-            file = _open(path) if self.local else _open(path, self.fs)
-            # Loader workers are processes; threads in them would only be in each other's way.
-            return file.read_row_group(
-                group - int(self.first_group[number]), columns=FIELDS, use_threads=not self.local
-            )
+            file = _open(path, None if self.local else self.fs, os.getpid())
+            group -= int(self.first_group[number])
+            # Loader workers share the cores: threads in them would be in each other's way.
+            return file.read_row_group(group, columns=FIELDS, use_threads=False)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(
                 f"{path} cannot be read: {first_line(error)}. Copy it again."
@@ -177,8 +176,8 @@ class ShardRows(Sequence):
 
 
 @functools.lru_cache(OPEN_FILES)
-def _open(path: str, fs: fsspec.AbstractFileSystem | None = None) -> pyarrow.parquet.ParquetFile:
-    # Mapped, a file has no place in it that forked loader workers would share.
+def _open(path: str, fs: fsspec.AbstractFileSystem | None, pid: int) -> pyarrow.parquet.ParquetFile:
+    """A file, opened by each process for itself, so that forked loader workers share no place."""
     options = {"page_checksum_verification": True}
     if fs is None:
         return pyarrow.parquet.ParquetFile(path, memory_map=True, **options)
