@@ -65,6 +65,8 @@ def load_records(
         return Records(shards)
     if streaming:
         raise DataError(f"--streaming: {path} is not what python -m phi3v.shards wrote.")
+    if Path(path).is_dir():
+        raise DataError(f"{path}: python -m phi3v.shards has not finished, or not written to it.")
     if image_dir is None:
         raise DataError(f"{path}: give --image_dir, the folder that its images' paths start from.")
     return Records(Lines(path), partial(to_record, questions=questions), image_dir=image_dir)
