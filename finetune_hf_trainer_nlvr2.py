@@ -38,12 +38,7 @@ OFFICIAL_COLUMNS = {"sentence": str, "label": (str, bool), "identifier": str}
 def get_arguments():
     parser = RecipeParser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset_name_or_path",
-        action="datasets",
-        default=CAULDRON,
-        help="hub id or official files",
-    )
+    add("--dataset_name_or_path", action="datasets", default=CAULDRON, help="hub id or a folder")
     add("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
     add("--eval_file", default="dev.json", help="official file to evaluate on")
     return parser.parse_args()

@@ -33,7 +33,8 @@ def given(**values: object) -> SimpleNamespace:
 
 def load(name: str, skip_bad: bool = False, **values: object) -> list[Records]:
     """A recipe's datasets, checked, as they are before training."""
-    return [records.check(skip_bad) for records in recipe(name).load_datasets(given(**values))]
+    args = given(**{"eval_file": "", **values})
+    return [records.check(skip_bad) for records in recipe(name).load_datasets(args)]
 
 
 # ---------------------------------------------------------------- DocVQA

@@ -167,10 +167,10 @@ class Mixture(Sequence):
     def describe(self) -> str:
         """An epoch in a line."""
         shares = (
-            f"{count:,} of {name}, each {count / len(part):.4g} times"
+            f"{count:,} of {name} (each {count / len(part):.4g}x)"
             for name, count, part in zip(self.names, self.counts, self.parts, strict=True)
         )
-        return f"An epoch has {'; '.join(shares)}"
+        return f"An epoch has {', '.join(shares)}"
 
 
 def _named(record: dict, name: str) -> dict:
