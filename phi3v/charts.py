@@ -152,9 +152,9 @@ def _curve(axes: Axes, runs: list[Run], field: str) -> None:
         lines += [(runs[0], name) for name in runs[0].dataset_losses]
     for number, (run, name) in enumerate(lines):
         steps, values = (_thinned(each) for each in run.curve(name))
-        style = {"linewidth": 1.5 if name == field else 1, "marker": "o" if len(steps) <= 3 else ""}
-        label = _short(name.removeprefix("loss_") if name != field else "all")
-        axes.plot(steps, values, color=colour(number), label=label, **style)
+        marker = "o" if len(steps) <= 3 else None
+        label = _short("all" if name == field else name.removeprefix("loss_"))
+        axes.plot(steps, values, marker=marker, linewidth=1.5, color=colour(number), label=label)
     axes.margins(x=0.02)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     _steps(axes)
@@ -164,7 +164,7 @@ def _curve(axes: Axes, runs: list[Run], field: str) -> None:
 def _legend(axes: Axes, runs: list[Run]) -> None:
     """Of the datasets of one run. The page itself says which colour is which of several."""
     if len(runs) == 1 and len(axes.lines) > 1:
-        axes.legend(frameon=False, fontsize=9, borderpad=0)
+        axes.legend(frameon=False, fontsize=10, borderpad=0)
 
 
 def _thinned(values: list[float]) -> list[float]:
