@@ -170,12 +170,9 @@ def _table(head: list[str], rows: dict[str, list[str]]) -> str:
 def _numbers(runs: list[Run]) -> dict[str, list[str]]:
     """Metrics from the first evaluation to the last, and what the whole training was like."""
     found = [name for run in runs for each in run.evaluations for name in each.metrics]
-    metrics = dict.fromkeys(metric for metric, _ in found)
     rows = {
         escape(", ".join(filter(None, name))): [_progress(run, name) for run in runs]
-        for metric in metrics
-        for name in dict.fromkeys(found)
-        if name[0] == metric
+        for name in found
     }
     for field, label in NUMBERS.items():
         values = [run.summary(field) for run in runs]

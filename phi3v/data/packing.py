@@ -54,8 +54,8 @@ def fit_lengths(
         )
     if not kept:
         raise DataError(
-            f"{records.origin}: no sample has at most --max_length {max_length} tokens; the "
-            f"shortest has {min(lengths)}. Raise it, or lower --num_crops."
+            f"{records.origin}: no training sample has at most --max_length {max_length} tokens; "
+            f"the shortest has {min(lengths)}. Raise it, or lower --num_crops."
         )
     if pack_length is None:
         return records.select(kept)

@@ -184,7 +184,9 @@ class Phi3VTrainer(Trainer):
         self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
     ) -> torch.Tensor | tuple[torch.Tensor, object]:
         datasets = inputs.pop("label_datasets", None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         if datasets is not None:
             self.dataset_losses.add(outputs["logits"], inputs["shift_labels"], datasets)
         return (loss, outputs) if return_outputs else loss
