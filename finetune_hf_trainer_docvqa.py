@@ -26,7 +26,7 @@ from functools import partial
 
 from datasets import Image
 
-from phi3v.data import Records, load_rows, prepare
+from phi3v.data import Mixture, Records, load_rows, mix, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import anls
 from phi3v.training.plan import plan_run
@@ -41,24 +41,25 @@ CAULDRON_COLUMNS = {"images": [Image], "texts": [{"user": str, "assistant": str}
 
 def get_arguments():
     parser = RecipeParser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--full_train", action="store_true", help=f"train on {CAULDRON}, docvqa")
-    data.add_argument("--dataset_name_or_path", help="train on this hub id or local folder")
-    data.add_argument(
-        "--eval_dataset_name_or_path", default=MINI, help="evaluate on its test split"
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--full_train", action="store_true", help=f"train on {CAULDRON}, docvqa")
+    add("--dataset_name_or_path", action="datasets", help="train on this hub id or local folder")
+    test = "evaluate on its test split"
+    add("--eval_dataset_name_or_path", action="datasets", weights=False, default=MINI, help=test)
     return parser.parse_args()
 
 
-def load_datasets(args) -> tuple[Records, Records]:
+def load_datasets(args) -> tuple[Records | Mixture, Records | Mixture]:
     """Records for training and for evaluation."""
-    train_name = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
-    eval_name, flag = args.eval_dataset_name_or_path, "--eval_dataset_name_or_path"
-    columns = (MINI_COLUMNS, CAULDRON_COLUMNS)
-    train = load_rows(train_name, *columns, config="docvqa", streaming=args.streaming)
-    evaluation = load_rows(eval_name, *columns, config="docvqa", split="test", flag=flag)
-    to_record = partial(to_records, seed=args.seed)
-    return Records(train, to_record), Records(evaluation, to_record)
+
+    def load(name: str, **part: object) -> Records:
+        rows = load_rows(name, MINI_COLUMNS, CAULDRON_COLUMNS, config="docvqa", **part)
+        return Records(rows, partial(to_records, seed=args.seed))
+
+    train = args.dataset_name_or_path or (CAULDRON if args.full_train else MINI)
+    test = partial(load, split="test", flag="--eval_dataset_name_or_path")
+    train_dataset = mix(train, partial(load, streaming=args.streaming))
+    return train_dataset, mix(args.eval_dataset_name_or_path, test)
 
 
 def to_records(row: dict, seed: int) -> dict | Iterator[dict]:

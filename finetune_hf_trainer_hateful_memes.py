@@ -1,32 +1,28 @@
 """
 Finetune Phi-3.5-vision on Hateful Memes: a meme in, whether it is hateful out.
 
-Full finetuning on A100 / H100, on one or several machines, with flash attention and bf16:
+Full finetuning on A100 / H100, on several machines too; on V100s without the last two flags:
 
     torchrun --nproc_per_node=8 --nnodes=<num_nodes> --master_addr=$MASTER_ADDR \\
         --master_port=$MASTER_PORT --node_rank=$NODE_RANK finetune_hf_trainer_hateful_memes.py \\
         --output_dir <output_dir> --batch_size 64 --use_flash_attention --bf16
 
-8x V100-32GB: the same without --use_flash_attention --bf16 (fp16 mixed precision).
-
 A consumer GPU: LoRA, or QLoRA with a 4-bit model:
 
-    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> \\
-        --batch_size 64 --use_lora
-    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --output_dir <output_dir> \\
-        --batch_size 64 --use_lora --use_qlora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --batch_size 64 --use_lora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --batch_size 64 --use_qlora
 
-Evaluated before and after, by accuracy and by AUROC, the challenge's own metric: both, and every
-generated text and its probability, go to eval_before.json and eval_after.json, beside the model.
+Evaluated before and after, by accuracy and AUROC, into eval_before.json and eval_after.json.
 """
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 from datasets import Image
 
 import phi3v.training.metrics as scores
-from phi3v.data import Records, load_rows, prepare
+from phi3v.data import Mixture, Records, load_rows, mix, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.plan import plan_run
 
@@ -40,25 +36,28 @@ CHALLENGE_COLUMNS = {"id": (int, str), "img": str, "text": str, "label": int}
 
 def get_arguments():
     parser = RecipeParser(__doc__)
-    data = parser.add_argument_group("data")
-    files = "or a folder of the challenge's files: train.jsonl, dev_seen.jsonl, img/"
-    data.add_argument("--dataset_name_or_path", default=CAULDRON, help=f"hub id, {files}")
-    data.add_argument("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
-    data.add_argument("--eval_file", default="dev_seen.jsonl", help="challenge file to evaluate on")
+    add = parser.add_argument_group("data").add_argument
+    own = "hub id, or a folder of the challenge's files: train.jsonl, dev_seen.jsonl, img/"
+    add("--dataset_name_or_path", action="datasets", default=CAULDRON, help=own)
+    add("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
+    add("--eval_file", default="dev_seen.jsonl", help="challenge file to evaluate on")
     return parser.parse_args()
 
 
-def load_datasets(args) -> tuple[Records, Records]:
+def load_datasets(args) -> tuple[Records | Mixture, Records | Mixture]:
     """Records for training and for evaluation."""
-    name, n = args.dataset_name_or_path, args.num_eval_rows
+    names, n = args.dataset_name_or_path, args.num_eval_rows
+    train = partial(load, file="train.jsonl", split=f"train[{n}:]", streaming=args.streaming)
+    return mix(names, train), mix(names, partial(train, file=args.eval_file, split=f"train[:{n}]"))
+
+
+def load(name: str, file: str, **part: object) -> Records:
+    """A file of the challenge's; of any other dataset, a part of its rows."""
     if os.path.isfile(f"{name}/train.jsonl"):
-        train = load_rows(f"{name}/train.jsonl", CHALLENGE_COLUMNS)
-        evaluation = load_rows(f"{name}/{args.eval_file}", CHALLENGE_COLUMNS)
-        return tuple(Records(r, challenge_record, image_dir=name) for r in (train, evaluation))
-    hub = {"config": "hateful_memes", "streaming": args.streaming}
-    train = load_rows(name, CAULDRON_COLUMNS, split=f"train[{n}:]", **hub)
-    evaluation = load_rows(name, CAULDRON_COLUMNS, split=f"train[:{n}]", **hub)
-    return Records(train, cauldron_records), Records(evaluation, cauldron_records)
+        rows = load_rows(f"{name}/{file}", CHALLENGE_COLUMNS)
+        return Records(rows, challenge_record, image_dir=name)
+    rows = load_rows(name, CAULDRON_COLUMNS, config="hateful_memes", **part)
+    return Records(rows, cauldron_records)
 
 
 def cauldron_records(row: dict) -> Iterator[dict]:

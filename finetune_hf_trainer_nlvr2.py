@@ -18,12 +18,12 @@ Evaluated before and after, by accuracy, into eval_before.json and eval_after.js
 
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from datasets import Image
 
-from phi3v.data import Records, load_rows, prepare
+from phi3v.data import Mixture, Records, load_rows, mix, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy
 from phi3v.training.plan import plan_run
@@ -38,25 +38,25 @@ OFFICIAL_COLUMNS = {"sentence": str, "label": (str, bool), "identifier": str}
 def get_arguments():
     parser = RecipeParser(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name_or_path", default=CAULDRON, help="hub id, or folder of the official files")
+    add("--dataset_name_or_path", action="datasets", default=CAULDRON, help="hub id or a folder")
     add("--num_eval_rows", type=int, default=500, help="first rows, to evaluate on")
     add("--eval_file", default="dev.json", help="official file to evaluate on")
     return parser.parse_args()
 
 
-def load_datasets(args) -> tuple[Records, Records]:
+def load_datasets(args) -> tuple[Records | Mixture, Records | Mixture]:
     """Records for training and for evaluation."""
-    name, n = args.dataset_name_or_path, args.num_eval_rows
+    names, n = args.dataset_name_or_path, args.num_eval_rows
+    train = partial(load, file="train.json", split=f"train[{n}:]", streaming=args.streaming)
+    return mix(names, train), mix(names, partial(train, file=args.eval_file, split=f"train[:{n}]"))
+
+
+def load(name: str, file: str, **part: object) -> Records:
+    """An official file; of any other dataset, a part of its rows."""
     if Path(name, "train.json").is_file():
-        train = load_rows(f"{name}/train.json", OFFICIAL_COLUMNS)
-        evaluation = load_rows(f"{name}/{args.eval_file}", OFFICIAL_COLUMNS)
-        to_record = partial(official_record, paths=find_images(name))
-    else:
-        hub = {"config": "nlvr2", "streaming": args.streaming}
-        train = load_rows(name, CAULDRON_COLUMNS, split=f"train[{n}:]", **hub)
-        evaluation = load_rows(name, CAULDRON_COLUMNS, split=f"train[:{n}]", **hub)
-        to_record = cauldron_records
-    return Records(train, to_record), Records(evaluation, to_record)
+        rows = load_rows(f"{name}/{file}", OFFICIAL_COLUMNS)
+        return Records(rows, partial(official_record, paths=find_images(name)))
+    return Records(load_rows(name, CAULDRON_COLUMNS, config="nlvr2", **part), cauldron_records)
 
 
 def cauldron_records(row: dict) -> Iterator[dict]:
@@ -68,6 +68,7 @@ def cauldron_records(row: dict) -> Iterator[dict]:
         yield {"source": "nlvr2", "conversations": [turn]}
 
 
+@cache
 def find_images(folder: str) -> dict[str, list[str]]:
     """The paths of all images of the official files, by name."""
     paths = defaultdict(list)

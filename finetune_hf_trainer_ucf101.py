@@ -27,13 +27,19 @@ Conversations of your own, in the form of LLaVA, TRL or ms-swift:
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py \\
         --train_file train.json --eval_file eval.json --image_dir images --num_crops 16
 
+Several files, with weights if wanted; loss and metric are those of each file as well:
+
+    torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --image_dir images \\
+        --train_file a.jsonl:0.7 b.jsonl:0.3 --eval_file a_val.jsonl b_val.jsonl
+
 Evaluated before and after, by accuracy: it and every generated text go to eval_before.json and
 eval_after.json, beside the model.
 """
 
+from functools import partial
 from pathlib import Path
 
-from phi3v.data import Records, load_records, prepare
+from phi3v.data import Mixture, Records, load_records, mix, prepare
 from phi3v.training import Phi3VTrainer, RecipeParser, load_model, load_processor, trainer_arguments
 from phi3v.training.metrics import accuracy
 from phi3v.training.plan import plan_run
@@ -47,8 +53,9 @@ def get_arguments():
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", help="the converter's --out_dir")
     data.add_argument("--eval_split", choices=["val", "test"], default="val", help="to evaluate on")
-    data.add_argument("--train_file", help="conversations to train on, in place of --data_dir's")
-    data.add_argument("--eval_file", help="and to evaluate on")
+    own = "conversations to train on, in place of --data_dir's"
+    data.add_argument("--train_file", action="datasets", help=own)
+    data.add_argument("--eval_file", action="datasets", weights=False, help="and to evaluate on")
     data.add_argument("--image_dir", help="that image paths are relative to; shards need none")
     args = parser.parse_args()
     if args.data_dir is None and None in (args.train_file, args.eval_file):
@@ -56,14 +63,14 @@ def get_arguments():
     return args
 
 
-def load_datasets(args) -> tuple[Records, Records]:
+def load_datasets(args) -> tuple[Records | Mixture, Records | Mixture]:
     """Records for training and for evaluation: a video's frames, a question, its class."""
     folder = Path(args.data_dir or ".")
     train_file = args.train_file or folder / "ucf101_train.jsonl"
     eval_file = args.eval_file or folder / f"ucf101_{args.eval_split}.jsonl"
     image_dir = args.image_dir or (args.data_dir and folder / "images")
-    train = load_records(train_file, image_dir, streaming=args.streaming)
-    return train, load_records(eval_file, image_dir)
+    load = partial(load_records, image_dir=image_dir)
+    return mix(train_file, partial(load, streaming=args.streaming)), mix(eval_file, load)
 
 
 def metrics(results) -> dict[str, float]:

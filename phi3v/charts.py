@@ -48,7 +48,7 @@ class Chart(NamedTuple):
 def charts(runs: list[Run]) -> Iterator[Chart]:
     """The figures that there is something for."""
     metrics = [name for run in runs for each in run.evaluations for name in each.metrics]
-    for metric in dict.fromkeys(metrics):
+    for metric in dict.fromkeys(metric for metric, _ in metrics):
         yield Chart(f"{metric} by step", partial(_metric, runs=runs, name=metric))
     for field, title in CURVES.items():
         if any(field in entry for run in runs for entry in run.log):
@@ -121,29 +121,50 @@ def _style(ink: str) -> Iterator[None]:
 
 
 def _metric(axes: Axes, runs: list[Run], name: str) -> None:
-    """A metric of every evaluation; of one run, the first and the last in figures."""
-    for number, run in enumerate(runs):
-        points = [(e.step, e.metrics[name]) for e in run.evaluations if name in e.metrics]
+    """
+    A metric of every evaluation; of one run, the first and the last in figures, and a line for each
+    dataset of a mixture.
+    """
+    lines = [(run, (name, "")) for run in runs]
+    if len(runs) == 1:
+        known = dict.fromkeys(key for each in runs[0].evaluations for key in each.metrics)
+        lines += [(runs[0], key) for key in known if key[0] == name and key[1]]
+    for number, (run, key) in enumerate(lines):
+        points = [(e.step, e.metrics[key]) for e in run.evaluations if key in e.metrics]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colour(number))
-        # Those of several runs would cover each other; the page has a table of them.
-        for step, value in {points[0], points[-1]} if points and len(runs) == 1 else ():
+            style = {"linestyle": "--" if key[1] else "-", "label": _short(key[1] or "all")}
+            axes.plot(*zip(*points, strict=True), "o", color=colour(number), **style)
+        # Those of several lines would cover each other; the page has a table of them.
+        for step, value in {points[0], points[-1]} if points and len(lines) == 1 else ():
             place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
             axes.annotate(f"{value:.3f}", (step, value), **place)
     axes.margins(0.12, 0.2)
     if all(0 <= value <= 1 for line in axes.lines for value in line.get_ydata()):
         axes.set_ylim(-0.05, 1.15)
     _steps(axes)
+    _legend(axes, runs)
 
 
 def _curve(axes: Axes, runs: list[Run], field: str) -> None:
-    for number, run in enumerate(runs):
-        steps, values = (_thinned(each) for each in run.curve(field))
+    """What was logged in training; of one run, the loss of each dataset of a mixture too."""
+    lines = [(run, field) for run in runs]
+    if len(runs) == 1 and field == "loss":
+        lines += [(runs[0], name) for name in runs[0].dataset_losses]
+    for number, (run, name) in enumerate(lines):
+        steps, values = (_thinned(each) for each in run.curve(name))
         marker = "o" if len(steps) <= 3 else None
-        axes.plot(steps, values, marker=marker, linewidth=1.5, color=colour(number))
+        label = _short("all" if name == field else name.removeprefix("loss_"))
+        axes.plot(steps, values, marker=marker, linewidth=1.5, color=colour(number), label=label)
     axes.margins(x=0.02)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     _steps(axes)
+    _legend(axes, runs)
+
+
+def _legend(axes: Axes, runs: list[Run]) -> None:
+    """Of the datasets of one run. The page itself says which colour is which of several."""
+    if len(runs) == 1 and len(axes.lines) > 1:
+        axes.legend(frameon=False, fontsize=10, borderpad=0)
 
 
 def _thinned(values: list[float]) -> list[float]:

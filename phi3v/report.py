@@ -169,8 +169,11 @@ def _table(head: list[str], rows: dict[str, list[str]]) -> str:
 
 def _numbers(runs: list[Run]) -> dict[str, list[str]]:
     """Metrics from the first evaluation to the last, and what the whole training was like."""
-    metrics = [name for run in runs for each in run.evaluations for name in each.metrics]
-    rows = {escape(name): [_progress(run, name) for run in runs] for name in metrics}
+    found = [name for run in runs for each in run.evaluations for name in each.metrics]
+    rows = {
+        escape(", ".join(filter(None, name))): [_progress(run, name) for run in runs]
+        for name in found
+    }
     for field, label in NUMBERS.items():
         values = [run.summary(field) for run in runs]
         if any(value is not None for value in values):
@@ -178,7 +181,7 @@ def _numbers(runs: list[Run]) -> dict[str, list[str]]:
     return rows
 
 
-def _progress(run: Run, metric: str) -> str:
+def _progress(run: Run, metric: tuple[str, str]) -> str:
     ends = run.evaluations[:: len(run.evaluations) - 1 or 1]
     return " → ".join(f"{e.metrics[metric]:.4f} {e.label}" for e in ends if metric in e.metrics)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import RunError, phase
-from .training.metrics import anls
+from .training.metrics import anls, metrics_of
 from .training.output_folder import REPORT_DATA
 
 EVALUATION = re.compile(r"eval_(before|after|step_(\d+))\.json")
@@ -33,7 +33,7 @@ class Answer(NamedTuple):
 class Evaluation(NamedTuple):
     label: str  # before, step 20, after
     step: int
-    metrics: dict[str, float]
+    metrics: dict[tuple[str, str], float]  # see `metrics_of`
     answers: dict[str, Answer]  # by sample id
 
 
@@ -61,6 +61,12 @@ class Run:
     @property
     def last(self) -> Evaluation:
         return self.evaluations[-1]
+
+    @property
+    def dataset_losses(self) -> list[str]:
+        """Fields of the log with the loss of each dataset of a mixture."""
+        names = [name for entry in self.log for name in entry if name.startswith("loss_")]
+        return sorted({*names})
 
     def curve(self, field: str) -> tuple[list[float], list[float]]:
         """Steps, and what was logged there."""
@@ -110,6 +116,6 @@ def _evaluation(content: dict, label: str, step: str | None, last_step: int) -> 
     return Evaluation(
         label.replace("_", " "),
         int(step or 0) if label != "after" else last_step,
-        {name: value for name, value in content.items() if isinstance(value, int | float)},
+        metrics_of(content),
         {identifier: Answer(*row) for identifier, *row in rows},
     )

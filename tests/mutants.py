@@ -278,6 +278,27 @@ MUTANTS = [
         "if max_length is None or length < max_length]",
         "test_packing",
     ),
+    Mutant(
+        "mixing: an epoch ends with its first dataset, not with its last",
+        "phi3v/data/mixing.py",
+        "length = max(size / weight",
+        "length = min(size / weight",
+        "test_mixing",
+    ),
+    Mutant(
+        "mixing: another weight is not noticed on resuming",
+        CHECKPOINTS,
+        '{n}: {count} of {fingerprint(part)}"',
+        '{n}: {fingerprint(part)}"',
+        "test_mixing",
+    ),
+    Mutant(
+        "mixing: the loss of a dataset is that of the first rank",
+        "phi3v/training/by_dataset.py",
+        "dist.all_reduce(totals)",
+        "pass",
+        "test_mixing",
+    ),
     # ---- Training
     Mutant(
         "arguments: AdamW's second beta",

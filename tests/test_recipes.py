@@ -33,7 +33,8 @@ def given(**values: object) -> SimpleNamespace:
 
 def load(name: str, skip_bad: bool = False, **values: object) -> list[Records]:
     """A recipe's datasets, checked, as they are before training."""
-    return [records.check(skip_bad) for records in recipe(name).load_datasets(given(**values))]
+    args = given(**{"eval_file": "", **values})
+    return [records.check(skip_bad) for records in recipe(name).load_datasets(args)]
 
 
 # ---------------------------------------------------------------- DocVQA
@@ -211,6 +212,7 @@ def test_nlvr2_official_files(demo_processor, tmp_path):
     assert turn["user"] == "Two dogs. Is this true or false?" and turn["assistant"] == "True"
     assert TrainingCollator(demo_processor)([train[0]])["pixel_values"].shape[0] == 2
     (tmp_path / "images" / "dev" / "dev-85-0-img1.png").unlink()
+    recipe("nlvr2").find_images.cache_clear()
     with pytest.raises(ValueError, match=r"dev.json, line 1: needs .*img1.png.*, \[\]"):
         load("nlvr2", **flags)
 

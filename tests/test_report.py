@@ -31,6 +31,7 @@ KINDS = {
     "texts": ["nine", "page 4 of 10", "a"],
     "choices": ["yes", "no"],
 }
+DATASETS = ("a_dataset_of_a_long_name", "b")
 
 
 def made(folder: Path, kind: str, samples: int = 40, steps: int = 500, seed: int = 0) -> Path:
@@ -52,6 +53,9 @@ def made(folder: Path, kind: str, samples: int = 40, steps: int = 500, seed: int
         }
         if kind == "choices":
             content |= {"auroc": share, "probabilities": random.random(samples).tolist()}
+        if kind == "texts":  # of two datasets
+            parts = {name: {"accuracy": share / n} for n, name in enumerate(DATASETS, 1)}
+            content["datasets"] = parts
         (folder / f"{file}.json").write_text(json.dumps(content))
     log = [
         {
@@ -61,6 +65,8 @@ def made(folder: Path, kind: str, samples: int = 40, steps: int = 500, seed: int
         }
         for step in range(1, steps + 1)
     ]
+    for entry in log if kind == "texts" else ():
+        entry |= {f"loss_{name}": n * entry["loss"] for n, name in enumerate(DATASETS, 1)}
     lengths = {"width": 3, "from": [30, 33, 39], "samples": [5, 20, 1]}
     log.append({"step": steps, "train_samples_per_second": 9.5, "train_lengths": lengths})
     state = {"log_history": log, "global_step": steps}
@@ -135,6 +141,18 @@ def test_what_is_on_the_page(outputs, kind, charts):
     assert sources and all(each.startswith("data:image/webp;base64,") for each in sources)
     tags = re.sub(r">[^<]*<", "><", source)
     assert not re.search(r"https?:|url\((?!#)|@import|<link|<script", tags)
+
+
+def test_datasets_of_a_mixture(outputs):
+    """A line for each in the figures that are of all, with a legend, and a row in the table."""
+    page = outputs["texts"] / "report.html"
+    figures = re.findall(
+        "<figcaption>(.*?)</figcaption>(.*?)</figure>", page.read_text(), re.DOTALL
+    )
+    named = {title for title, figure in figures if ">a_dataset_of_a_lo…<" in figure}
+    assert named == {"Loss", "accuracy by step"}
+    assert all("#059669" in figure for title, figure in figures if title in named), "a third line"
+    assert "accuracy, b  0.0500 before → 0.3500 after" in text_of(page)
 
 
 def test_texts_are_escaped(outputs):

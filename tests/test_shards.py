@@ -4,7 +4,6 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from helpers.trainers import arguments, make_trainer
 from phi3v import shards
-from phi3v.data import Records, load_records, load_rows, prepare
+from phi3v.data import Mixture, Records, load_records, load_rows, prepare
 from phi3v.data.images import load_images
 from phi3v.data.shard_order import ShardOrder
 from phi3v.data.shard_rows import ShardRows
@@ -253,19 +252,18 @@ def small_groups(source, tmp_path, monkeypatch) -> Records:
 
 
 @pytest.mark.parametrize("processes, workers, batch", [(1, 1, 1), (2, 1, 2), (2, 3, 1)])
-def test_a_group_is_read_once_and_by_one_worker(processes, workers, batch):
+def test_a_group_is_read_once_and_by_one_worker(processes, workers, batch, monkeypatch):
     """Dealt out as accelerate and the DataLoader do, up to where the streams run out."""
-    places = np.random.default_rng(0).permutation(COUNT := 2000)
-    rows = SimpleNamespace(groups=np.arange(0, COUNT + 1, 5))
-    records = SimpleNamespace(places=lambda: places, rows=rows)
-    order = ShardOrder(records, batch, processes * workers, seed=1)
+    groups = np.random.default_rng(0).permutation(np.arange(2000) // 5)
+    monkeypatch.setattr("phi3v.data.shard_order.groups_of", lambda groups: groups)
+    order = ShardOrder(groups, batch, processes * workers, seed=1)
     epochs = []
     for epoch in range(2):
         order.set_epoch(epoch)
         epochs.append(indices := list(order))
-        assert sorted(indices) == list(range(COUNT))
+        assert sorted(indices) == list(range(2000))
         readers: dict[int, Counter] = {}
-        for start in range(0, COUNT, batch):
+        for start in range(0, 2000, batch):
             number = start // batch
             worker = (number % processes, number // processes % workers)
             for index in indices[start : start + batch]:
@@ -281,6 +279,16 @@ def test_parts_in_an_order(small_groups):
     """Of a part of the records, the order holds its indices."""
     some = small_groups.select(random.Random(0).sample(range(COUNT), 9))
     assert sorted(ShardOrder(some, 2, 2, seed=0)) == list(range(9))
+
+
+def test_mixtures_have_an_order(small_groups):
+    """A sample that an epoch has three times has a group in each pass."""
+    some, rest = small_groups.select(range(5)), small_groups.select(range(5, COUNT))
+    mixture = Mixture([some, rest], ["a", "b"], [1, 1])
+    order = ShardOrder(mixture, 1, 2, seed=0)
+    assert sorted(order) == list(range(len(mixture))) and len(mixture) == 36
+    first, again = order.groups[[mixture.locate(i)[1] == 0 for i in range(18)] + [False] * 18][:2]
+    assert first != again and set(order.groups[:18]).isdisjoint(order.groups[18:])
 
 
 def test_a_streamed_run_resumes_exactly(small_groups, demo_checkpoint, tmp_path):

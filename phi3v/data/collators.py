@@ -33,6 +33,8 @@ class TrainingCollator:
         for_trainer: add `ids` and `lengths`, which have to be taken out before the model is called,
             and let the model know what it would ask the device for: `image_sizes` is a list, and
             `image_positions` says where images stand.
+        datasets: the names of a mixture's datasets; without them, there is one. Add
+            `label_datasets`, which has to be taken out too.
 
     Returns of each call:
         `input_ids`, `labels`: (b, s). Labels are the ids of every assistant turn, its end included,
@@ -46,16 +48,22 @@ class TrainingCollator:
             begins, and the end of the last; `max_length_q`, `max_length_k`: the longest, an int.
             These are the names that transformers gives to flash attention.
         `image_positions`: (tokens of all images,), where they stand in the flattened `input_ids`.
+        `label_datasets`: (labels,), of each of `shift_labels` the number of its dataset.
         `ids`, `lengths`: lists of the records' ids and of their numbers of tokens, padding
             excluded, in their order.
     """
 
     def __init__(
-        self, processor: Phi3VProcessor, blank_image: bool = False, for_trainer: bool = False
+        self,
+        processor: Phi3VProcessor,
+        blank_image: bool = False,
+        for_trainer: bool = False,
+        datasets: Sequence[str] = (),
     ):
         self.processor = processor
         self.blank_image = blank_image
         self.for_trainer = for_trainer
+        self.datasets = datasets
         self.assistant, self.user = processor.tokenizer.convert_tokens_to_ids(
             ["<|assistant|>", "<|user|>"]
         )
@@ -92,6 +100,10 @@ class TrainingCollator:
         batch["logits_to_keep"] = torch.stack([rows, positions])
         batch["shift_labels"] = batch["labels"][rows, positions + 1]
         batch |= image_inputs
+        if self.datasets:
+            numbers = [self.datasets.index(record["dataset"]) for record in records]
+            counts = [sum(label != IGNORED for label in row) for row in labels]
+            batch["label_datasets"] = torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
         if self.for_trainer:
             batch["ids"] = [record["id"] for record in records]
             batch["lengths"] = [len(row) for row in ids]

@@ -49,18 +49,20 @@ def fit_lengths(
     kept = [i for i, length in enumerate(lengths) if max_length is None or length <= max_length]
     if len(kept) < len(lengths):
         print_first(
-            f"--max_length {max_length}: {len(lengths) - len(kept)} of {len(lengths)} samples are "
-            f"longer (up to {max(lengths)} tokens) and left out"
+            f"{records.origin}: --max_length {max_length}: {len(lengths) - len(kept)} of "
+            f"{len(lengths)} samples are longer (up to {max(lengths)} tokens) and left out"
         )
     if not kept:
         raise DataError(
-            f"no training sample has at most --max_length {max_length} tokens; the shortest has "
-            f"{min(lengths)}. Raise it, or lower --num_crops."
+            f"{records.origin}: no training sample has at most --max_length {max_length} tokens; "
+            f"the shortest has {min(lengths)}. Raise it, or lower --num_crops."
         )
     if pack_length is None:
         return records.select(kept)
     rows = pack([lengths[i] for i in kept], pack_length)
-    print_first(f"--pack_length {pack_length}: {len(kept)} samples in {len(rows)} rows")
+    print_first(
+        f"{records.origin}: --pack_length {pack_length}: {len(kept)} samples in {len(rows)} rows"
+    )
     return PackedRecords(records, [[kept[i] for i in members] for members in rows])
 
 

@@ -9,6 +9,7 @@ from ..distributed import print_first, rank, share_out
 from ..errors import DataError
 from ..model.processing_phi3_v import Phi3VProcessor
 from .images import check_images, load_images
+from .mixing import Mixture, each_part
 from .packing import PackedRecords, fit_lengths
 from .records import Records, report_bad
 
@@ -23,14 +24,16 @@ def prepare(
     eval_dataset: Sequence[dict],
     processor: Phi3VProcessor,
     args: argparse.Namespace,
-) -> tuple[Records | PackedRecords, Records]:
+) -> tuple[Records | PackedRecords | Mixture, Records | Mixture]:
     """
     The two datasets as they will be used, checked: the form of records, their ids, and whether
     images can be read and fit --num_crops; and with --max_length and --pack_length applied to
-    training. With --skip_bad_samples bad samples are left out, and printed.
+    training. With --skip_bad_samples bad samples are left out, and printed. Of a mixture, all this
+    is done to each dataset: samples of two never share a row.
 
     Args:
-        train_dataset: [`Records`], or any sequence of records; so is `eval_dataset`.
+        train_dataset: [`Records`], any sequence of records, or a [`Mixture`]; so is `eval_dataset`,
+            whose samples all count once, whatever weights it has.
 
     Raises:
         DataError: the first bad sample, or that no good one is left; the message says where it is,
@@ -40,17 +43,27 @@ def prepare(
         _named(records, name)
         for records, name in ((train_dataset, "training data"), (eval_dataset, "evaluation data"))
     )
-    for records in (train, evaluation):
-        records.check(args.skip_bad_samples)
+    for dataset in (train, evaluation):
+        each_part(dataset, lambda records: records.check(args.skip_bad_samples))
     train, evaluation = (
-        check_all_images(records, processor, args) for records in (train, evaluation)
+        each_part(dataset, lambda records: check_all_images(records, processor, args))
+        for dataset in (train, evaluation)
     )
-    return fit_lengths(train, processor, args), evaluation
+    train = each_part(train, lambda records: fit_lengths(records, processor, args))
+    if isinstance(evaluation, Mixture):
+        evaluation = Mixture(evaluation.parts, evaluation.names)
+    if isinstance(train, Mixture):
+        train = Mixture(train.parts, train.names, train.weights, args.seed)
+        print_first(train.describe())
+    return train, evaluation
 
 
-def _named(records: Sequence[dict], name: str) -> Records:
-    if not isinstance(records, Records):
-        records = Records(records)
+def _named(dataset: Sequence, name: str) -> Records | Mixture:
+    if isinstance(dataset, Mixture):
+        parts = zip(dataset.parts, dataset.names, strict=True)
+        named = [_named(part, f"{name}, {own}") for part, own in parts]
+        return Mixture(named, dataset.names, dataset.weights)
+    records = dataset if isinstance(dataset, Records) else Records(dataset)
     records.origin = records.origin or name
     return records
 

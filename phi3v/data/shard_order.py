@@ -5,7 +5,26 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from .mixing import Mixture
 from .records import Records
+
+
+def groups_of(dataset: Records | Mixture) -> np.ndarray:
+    """
+    (samples,): the number of each one's row group. Of what a mixture repeats, each pass over a
+    dataset has numbers of its own.
+    """
+    if isinstance(dataset, Records):
+        return np.searchsorted(dataset.shards.groups, dataset.places(), side="right") - 1
+    parts = [groups_of(part) for part in dataset.parts]
+    groups, first = [], 0
+    for number, span in enumerate(dataset.spans()):
+        places = np.array([dataset.locate(index)[1] for index in span], dtype=np.int64)
+        passes = np.arange(len(span)) // len(parts[number])
+        count = parts[number].max() + 1
+        groups.append(first + passes * count + parts[number][places])
+        first += (passes[-1] + 1) * count
+    return np.concatenate(groups)
 
 
 class ShardOrder(Sampler):
@@ -19,14 +38,13 @@ class ShardOrder(Sampler):
     its own. It is a sampler like any other: a run resumes exactly.
 
     Args:
-        records: from shards.
+        dataset: records from shards, or a mixture of such.
         batch_size: of one process.
         streams: processes x loader workers.
     """
 
-    def __init__(self, records: Records, batch_size: int, streams: int, seed: int):
-        places = records.places()
-        self.groups = np.searchsorted(records.rows.groups, places, side="right") - 1
+    def __init__(self, dataset: Records | Mixture, batch_size: int, streams: int, seed: int):
+        self.groups = groups_of(dataset)
         self.batch_size, self.streams, self.seed, self.epoch = batch_size, streams, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,9 +60,9 @@ class ShardOrder(Sampler):
         indices = indices[np.argsort(turn, kind="stable")]
         # Groups in their turn go to the streams round robin.
         stream = np.sort(turn) % self.streams
-        rank_in_stream = np.empty_like(stream)
+        place = np.empty_like(stream)  # in its stream
         for number in range(self.streams):
             mine = np.flatnonzero(stream == number)
-            rank_in_stream[mine] = np.arange(len(mine))
-        batch = rank_in_stream // self.batch_size * self.streams + stream
+            place[mine] = np.arange(len(mine))
+        batch = place // self.batch_size * self.streams + stream
         return iter(indices[np.argsort(batch, kind="stable")].tolist())

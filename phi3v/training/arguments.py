@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from ..data.mixing import parse_datasets
 from ..distributed import world_size
-from ..errors import prints_failures, record_failure
+from ..errors import DataError, prints_failures, record_failure
 from .hardware import gpu_problems, idle_gpus
 
 # Fields of TrainingArguments that a flag of the recipe decides, which each has another name.
@@ -62,9 +63,33 @@ COUNT = number(int, 1, 2**31 - 1)
 RATE = number(float, 0)
 
 
+class Datasets(argparse.Action):
+    """
+    Names of one or several datasets, with `weights` each as NAME:WEIGHT if wanted; see `mix`. Given
+    more than once, the flag adds to what it had.
+    """
+
+    def __init__(self, *args, weights: bool = True, **kwargs):
+        metavar = "NAME[:WEIGHT]" if weights else "NAME"
+        super().__init__(*args, nargs="+", metavar=metavar, **kwargs)
+        self.weights = weights
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        values = values if before is self.default else [*before, *values]
+        try:
+            _, weights = parse_datasets(values)
+        except DataError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        if weights and not self.weights:
+            raise argparse.ArgumentError(self, "takes no weights: every sample counts once.")
+        setattr(namespace, self.dest, values)
+
+
 class RecipeParser(argparse.ArgumentParser):
     """
-    A parser with the flags of every recipe. A recipe adds its own.
+    A parser with the flags of every recipe. A recipe adds its own; action="datasets" makes one that
+    takes several datasets.
 
     Any other argument of transformers' TrainingArguments is a flag too, see `trainer_arguments`.
 
@@ -76,6 +101,7 @@ class RecipeParser(argparse.ArgumentParser):
     def __init__(self, description: str, num_crops: int = 16):
         # Abbreviated, a flag of ours would hide one of TrainingArguments.
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.register("action", "datasets", Datasets)
         _add_flags(self, num_crops)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:

@@ -11,8 +11,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import TrainerState, TrainingArguments
 
+from ..data.mixing import parse_datasets
 from ..distributed import on_first_rank, print_first, rank, world_size
 from ..errors import phase
+from .metrics import metrics_of
 from .output_folder import LAST_RESULT, PAGE, PICTURE, OutputFolder
 
 from peft import PeftModel
@@ -31,23 +33,25 @@ def model_card(
         flags: the recipe's.
         name: of the model on the hub, or of the output folder.
     """
-    base, dataset = flags.model_name_or_path, getattr(flags, "dataset_name_or_path", "")
+    base, given = flags.model_name_or_path, getattr(flags, "dataset_name_or_path", None)
+    datasets = [d for d in parse_datasets(given)[0] if not os.path.exists(d)] if given else []
     tags = _adapters(flags, model)
     numbers = {when: _numbers(folder / file) for when, file in EVALUATIONS.items()}
-    metrics = list(numbers["before"] | numbers["after"])
+    rows = list(numbers["before"] | numbers["after"])
+    metrics = [metric for metric, dataset in rows if not dataset]
     data = ModelCardData(
         base_model=None if os.path.isdir(base) else base,
-        datasets=dataset if dataset and not os.path.exists(dataset) else None,
+        datasets=datasets or None,
         library_name="peft" if tags else "transformers",
         metrics=metrics or None,
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", *tags],
     )
     table = [f"| metric | {' | '.join(numbers)} |", "| --- | --- | --- |"]
-    for metric in metrics:
-        values = (numbers[when].get(metric) for when in numbers)
+    for row in rows:
+        values = (numbers[when].get(row) for when in numbers)
         shown = ("" if value is None else f"{value:.4f}" for value in values)
-        table.append(f"| {metric} | {' | '.join(shown)} |")
+        table.append(f"| {', '.join(filter(None, row))} | {' | '.join(shown)} |")
     about, command = describe(flags, model, state)
     text = [
         f"# {name}\n",
@@ -82,13 +86,12 @@ def _adapters(flags: argparse.Namespace, model) -> list[str]:
     return ["lora", *kinds] if isinstance(model, PeftModel) else []
 
 
-def _numbers(path: Path) -> dict[str, float]:
+def _numbers(path: Path) -> dict[tuple[str, str], float]:
     """The metrics of an evaluation's file; none where there is no such file."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return metrics_of(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError):
         return {}
-    return {name: value for name, value in content.items() if isinstance(value, int | float)}
 
 
 def create_repository(args: TrainingArguments) -> None:

@@ -19,6 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..data.images import image_source
+from ..data.mixing import Mixture
 from ..data.records import Records
 from ..distributed import on_first_rank, print_first
 from ..errors import RunError, phase
@@ -203,8 +204,12 @@ def fingerprint(dataset: Sequence) -> str:
     The number of samples and a hash over them: ids, texts and the images' names and sizes.
 
     Of a long dataset, FINGERPRINT_SAMPLES are hashed, in even steps. Their folder does not count.
+    Of a mixture, that of each dataset, and how many of its samples an epoch has.
     Shards have a hash of their own, and what is chosen of them counts.
     """
+    if isinstance(dataset, Mixture):
+        parts = zip(dataset.names, dataset.counts, dataset.parts, strict=True)
+        return "; ".join(f"{n}: {count} of {fingerprint(part)}" for n, count, part in parts)
     digest = hashlib.sha256()
     if isinstance(dataset, Records) and dataset.shards:
         digest.update(dataset.shards.identity.encode() + dataset.places().tobytes())

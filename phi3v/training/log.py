@@ -5,6 +5,7 @@ import time
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from ..data.mixing import Mixture
 from ..data.packing import PackedRecords
 
 
@@ -25,7 +26,8 @@ class LogLines(TrainerCallback):
         if state.is_world_process_zero:
             steps = f"{state.max_steps - state.global_step:,} of {state.max_steps:,} steps"
             data = train_dataloader.dataset
-            of = f"{len(data):,} {'packed rows' if isinstance(data, PackedRecords) else 'samples'}"
+            part = data.parts[0] if isinstance(data, Mixture) else data
+            of = f"{len(data):,} {'packed rows' if isinstance(part, PackedRecords) else 'samples'}"
             tqdm.write(f"Training: {steps}, {state.num_train_epochs} epochs of {of}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -40,7 +42,8 @@ class LogLines(TrainerCallback):
 def log_line(step: int, steps: int, epoch: float, logs: dict[str, float], left: float) -> str:
     """
     One logging step: where the run is, loss, rates, memory of the GPU or process that has most, and
-    the seconds that are left, evaluations at the end excepted. Lines of a run are aligned.
+    the seconds that are left, evaluations at the end excepted. Lines of a run are aligned. Of a
+    mixture, the loss of each dataset comes last.
     """
     speed = (
         f"MFU {logs['mfu']:5.1%}"
@@ -56,6 +59,7 @@ def log_line(step: int, steps: int, epoch: float, logs: dict[str, float], left: 
         speed,
         f"{logs['peak_memory_gb_per_process']:.1f} GB",
         f"{in_words(left)} left",
+        *(f"{n[5:17]} {loss:.4f}" for n, loss in logs.items() if n.startswith("loss_")),
     ]
     return "  ".join(parts)
 

@@ -10,6 +10,21 @@ def normalise(text: str) -> str:
     return text.strip(string.whitespace + ".").lower()
 
 
+def metrics_of(content: dict) -> dict[tuple[str, str], float]:
+    """
+    The metrics in an evaluation's file, by (metric, dataset); ("accuracy", "") is that of all
+    samples, and only a mixture has others.
+    """
+    parts = {"": content, **content.get("datasets", {})}
+    return {
+        (metric, dataset): value
+        for metric, whole in content.items()
+        if isinstance(whole, int | float)
+        for dataset, numbers in parts.items()
+        if (value := numbers.get(metric)) is not None
+    }
+
+
 def accuracy(predictions: list[str], answers: list[str]) -> float:
     """The share of predictions that are their answer, both normalised; between 0 and 1."""
     _check_lengths(predictions, answers)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +24,14 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data.collators import TrainingCollator
+from ..data.mixing import Mixture
 from ..data.shard_order import ShardOrder
 from ..distributed import print_first
 from ..errors import OVERFLOW, RunError, one_line, phase
 from ..model.processing_phi3_v import Phi3VProcessor
 from . import stopping
 from .attention import add_packed_mask
+from .by_dataset import DatasetLosses, dataset_metrics
 from .card import describe, model_card, push
 from .checkpoints import take_over
 from .generation import generate
@@ -62,7 +65,7 @@ class Phi3VTrainer(Trainer):
 
     It evaluates by generating answers, gives the vision model learning rates of its own, measures
     throughput, ends the run at a loss that is not finite, and makes checkpoints that a run can be
-    resumed from after any kill.
+    resumed from after any kill. Of a mixture of datasets, it measures each as well as all.
 
     Args:
         args: from `trainer_arguments`.
@@ -97,9 +100,14 @@ class Phi3VTrainer(Trainer):
         self.last_generated = (None, None, None)  # step, records, answers
         self.losses: list[tuple[list[str], torch.Tensor]] = []  # of a step's micro-batches
         self.overflows = 0
+        datasets = train_dataset.names if isinstance(train_dataset, Mixture) else ()
+        self.dataset_losses = DatasetLosses(datasets, args.device)
         # A rank that skips the vision tower would wait for others that run it.
         collator = TrainingCollator(
-            processing_class, for_trainer=True, blank_image=args.world_size > 1
+            processing_class,
+            for_trainer=True,
+            blank_image=args.world_size > 1,
+            datasets=datasets,
         )
         with phase("the training arguments"):  # a tracker or the hub may be asked for
             super().__init__(
@@ -180,6 +188,17 @@ class Phi3VTrainer(Trainer):
         self.losses.append((ids, loss))
         return loss
 
+    def compute_loss(
+        self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
+    ) -> torch.Tensor | tuple[torch.Tensor, object]:
+        datasets = inputs.pop("label_datasets", None)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if datasets is not None:
+            self.dataset_losses.add(outputs["logits"], inputs["shift_labels"], datasets)
+        return (loss, outputs) if return_outputs else loss
+
     def after_step(self) -> None:
         """
         Look at the losses and for SIGTERM, once per optimizer step and together with all ranks.
@@ -210,7 +229,7 @@ class Phi3VTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self.meter.rates()
+            logs |= self.dataset_losses.collect() | self.meter.rates()
             scaler = self.accelerator.scaler  # of fp16 without DeepSpeed, which has its own
             if scaler is not None and scaler.get_scale() < SMALLEST_LOSS_SCALE:
                 raise RunError(OVERFLOW)
@@ -259,7 +278,7 @@ class Phi3VTrainer(Trainer):
     ) -> dict[str, float]:
         """
         Generate an answer to the last question of every record, measure, log, and write `file_name`
-        into the output folder: metrics, ids, answers and texts.
+        into the output folder: metrics, of a mixture those of each dataset, ids, answers and texts.
 
         The last assistant turn is the answer, or what is in `answers` where a record has several
         accepted ones.
@@ -288,15 +307,20 @@ class Phi3VTrainer(Trainer):
             if self.saved_step != self.state.global_step:
                 self._save_checkpoint(self.model_wrapped, None)
             self._stop()
-        results = []
+        results, of_datasets = [], defaultdict(list)
         for record, (text, probability) in zip(records, generated, strict=True):
             answers = record.get("answers") or [record["conversations"][-1]["assistant"]]
             answers = [normalise(answer) for answer in answers]
             results.append(Result(record["id"], answers, normalise(text), probability))
+            if "dataset" in record:
+                of_datasets[record["dataset"]].append(results[-1])
         numbers = self.compute_metrics(results)
-        shown = ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
-        print_first(f"{file_name}: {shown} on {len(results)} samples")
+        by_dataset = dataset_metrics(self.compute_metrics, of_datasets)
+        print_first(f"{file_name}: {_shown(numbers)} on {len(results)} samples")
         metrics = {f"{metric_key_prefix}_{name}": number for name, number in numbers.items()}
+        for dataset, its in by_dataset.items():
+            print_first(f"  {dataset}: {_shown(its)} on {len(of_datasets[dataset])} samples")
+            metrics |= {f"{metric_key_prefix}_{dataset}_{name}": its[name] for name in its}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -306,6 +330,7 @@ class Phi3VTrainer(Trainer):
             several = any(len(result.answers) > 1 for result in results)
             written = {
                 **numbers,
+                **({"datasets": by_dataset} if by_dataset else {}),
                 "ids": [result.id for result in results],
                 "answers_unique": [r.answers if several else r.answers[0] for r in results],
                 "generated_texts_unique": [result.text for result in results],
@@ -470,10 +495,21 @@ class Phi3VTrainer(Trainer):
 
 
 def evenly(records: Sequence, count: int | None) -> Sequence:
-    """`count` of the records, evenly spaced; all of them without one, or where there are fewer."""
+    """
+    `count` of the records, evenly spaced; all of them without one, or where there are fewer. Of a
+    mixture, each dataset has its share, and one at least, with which there may be a few more.
+    """
     if count is None or count >= len(records):
         return records
-    return Subset(records, [len(records) * i // count for i in range(count)])
+    chosen = []
+    for part in records.spans() if isinstance(records, Mixture) else [range(len(records))]:
+        share = max(1, round(count * len(part) / len(records)))
+        chosen += [part[len(part) * i // share] for i in range(share)]
+    return Subset(records, chosen)
+
+
+def _shown(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name} {number:.4f}" for name, number in numbers.items())
 
 
 class _Steps(TrainerCallback):
