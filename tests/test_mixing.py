@@ -123,7 +123,7 @@ def test_an_epoch_in_numbers():
     """The weights' shares of 100 and 30 samples, in words; without weights, each sample once."""
     mixed = Mixture([range(100), range(30)], ["a", "b"], [1, 2])
     assert mixed.counts == [100, 200]
-    assert mixed.describe() == "An epoch has 100 of a (each 1x), 200 of b (each 6.667x)"
+    assert mixed.describe() == "Samples of an epoch: 100 of a (each 1x), 200 of b (each 6.667x)"
     plain = Mixture([range(100), range(30)], ["a", "b"])
     assert [plain.locate(i) for i in (0, 99, 100, -1)] == [(0, 0), (0, 99), (1, 0), (1, 29)]
     with pytest.raises(IndexError):
@@ -182,13 +182,14 @@ def test_each_dataset_is_prepared_for_itself(demo_processor, capsys):
     assert train.counts == [5, 15] and train.seed == 7
     assert [record["id"] for record in evaluation] == ["a/0", "a/1", "a/2", "b/0"]
     assert {record["dataset"] for record in evaluation} == {"a", "b"}
-    assert "An epoch has 5 of a (each 1x), 15 of b (each 5x)\n" in capsys.readouterr().out
+    assert "Samples of an epoch: 5 of a (each 1x), 15 of b (each 5x)\n" in capsys.readouterr().out
     args = options(max_length=46, pack_length=60)
     packed, _ = prepare(mixture(a=MORE, b=MORE), mixture(a=RECORDS, b=MORE), demo_processor, args)
     rows = [packed[index] for index in range(len(packed))]
     assert all(len({record["dataset"] for record in row}) == 1 for row in rows)
     assert max(map(len, rows)) > 1 and len({r["id"] for row in rows for r in row}) == 6
     said = capsys.readouterr().out
+    assert "Packed rows of an epoch: 2 of a (each 1x), 2 of b (each 1x)" in said
     assert "training data, b: --max_length 46: 2 of 5 samples are longer" in said
     assert "training data, a: --pack_length 60: 3 samples in 2 rows" in said
 
@@ -372,7 +373,7 @@ def test_a_run_of_two_files(demo_checkpoint, tmp_path, monkeypatch, capsys):
     flags = [*write_conversations(tmp_path), "--logging_steps", "1", "--save_steps", "2"]
     _, after = run("ucf101", demo_checkpoint, tmp_path, monkeypatch, *flags)
     said = capsys.readouterr().out
-    assert "An epoch has 6 of few (each 3x), 6 of many (each 1x)" in said
+    assert "Samples of an epoch: 6 of few (each 3x), 6 of many (each 1x)" in said
     assert "Training: 6 of 6 steps, 1 epochs of 12 samples" in said
     assert re.search(r"^step 1/6 .* left  (few|many) \d+\.\d{4}", said, re.MULTILINE)
     assert "  many_val: accuracy 0.0000 on 2 samples" in said
@@ -404,7 +405,10 @@ def test_a_plan_of_a_mixture(demo_checkpoint, tmp_path, monkeypatch, capsys, own
     with pytest.raises(SystemExit) as left:
         run("nlvr2", demo_checkpoint, tmp_path, monkeypatch, *flags)
     said = capsys.readouterr().out
-    assert left.value.code == 0 and "An epoch has 4 of a (each 1x), 4 of b (each 1.333x)" in said
+    assert (
+        left.value.code == 0
+        and "Samples of an epoch: 4 of a (each 1x), 4 of b (each 1.333x)" in said
+    )
     assert "8 samples to train on, 4 to evaluate" in said
 
 

@@ -89,6 +89,8 @@ class Mixture(Sequence):
     every epoch. Their order is that of the datasets; the Trainer's sampler shuffles. It is what
     `datasets.interleave_datasets` calls "all_exhausted", but exact.
 
+    Where samples share rows, rows are counted: weights are shares of them, and so nearly of tokens.
+
     Ids begin with the dataset's name, which is the field `dataset` too: ids of two may be equal.
 
     Args:
@@ -116,7 +118,8 @@ class Mixture(Sequence):
         sizes = [len(part) for part in self.parts]
         weights = self.weights or sizes
         length = max(size / weight for size, weight in zip(sizes, weights, strict=True))
-        if (total := length * sum(weights)) > MOST_SAMPLES:
+        total = length * sum(weights)
+        if self.weights and total > MOST_SAMPLES:
             raise DataError(
                 f"an epoch of {', '.join(self.names)} would have {total:.3g} samples, until all of "
                 "them are seen. Give weights that are closer to the datasets' sizes."
@@ -164,13 +167,13 @@ class Mixture(Sequence):
         """The mixture of what `work` makes of each dataset."""
         return Mixture([work(part) for part in self.parts], self.names, self.weights, self.seed)
 
-    def describe(self) -> str:
-        """An epoch in a line."""
+    def describe(self, unit: str = "samples") -> str:
+        """An epoch in a line, counted in `unit`."""
         shares = (
             f"{count:,} of {name} (each {count / len(part):.4g}x)"
             for name, count, part in zip(self.names, self.counts, self.parts, strict=True)
         )
-        return f"An epoch has {', '.join(shares)}"
+        return f"{unit.capitalize()} of an epoch: {', '.join(shares)}"
 
 
 def _named(record: dict, name: str) -> dict:

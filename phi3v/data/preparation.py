@@ -54,7 +54,7 @@ def prepare(
         evaluation = Mixture(evaluation.parts, evaluation.names)
     if isinstance(train, Mixture):
         train = Mixture(train.parts, train.names, train.weights, args.seed)
-        print_first(train.describe())
+        print_first(train.describe("packed rows" if args.pack_length else "samples"))
     return train, evaluation
 
 
