@@ -154,14 +154,14 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
 
-    def finish(self) -> tuple[int, str]:
+    def finish(self, seconds: int = 30) -> tuple[int, str]:
         """The exit code and the output."""
-        self.process.join(30)
+        self.process.join(seconds)
         return self.process.exitcode, self.output.read_text()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool], seconds: int = 20) -> None:
+    end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     assert condition()

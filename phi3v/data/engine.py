@@ -4,6 +4,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -192,6 +193,9 @@ def ray_session(address: str) -> Iterator[None]:
         skip = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE, Path(code, PACKAGE.name), ignore=skip)
         try:
+            if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+                # Where nobody answers, Ray itself would try for minutes.
+                socket.create_connection((match[1].strip("[]"), int(match[2])), 10).close()
             ray.init(
                 address or None,
                 runtime_env={"working_dir": code},

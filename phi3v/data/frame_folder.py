@@ -38,10 +38,6 @@ class Video(NamedTuple):
         """Paths of its frames, relative to images/."""
         return [f"{self.name}.{i}.jpg" for i in range(num_frames)]
 
-    def files(self, num_frames: int) -> list[str]:
-        """The same, relative to the output folder."""
-        return [f"images/{name}" for name in self.images(num_frames)]
-
 
 def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb: int) -> dict:
     """
@@ -52,7 +48,7 @@ def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb
     Raises:
         RunError: an image cannot be written. All other errors cost this video only.
     """
-    names = video.files(num_frames)
+    names = [f"images/{name}" for name in video.images(num_frames)]
     try:
         if any("\ud800" <= letter <= "\udfff" for letter in video.name):
             raise ValueError("its name is not UTF-8, as jsonl is: rename it")
@@ -73,6 +69,12 @@ def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb
         write_file(folder / name, image)
     digests = [hashlib.sha256(image).hexdigest() for image in images]
     return {**line, "warning": warning, "files": dict(zip(names, digests, strict=True))}
+
+
+def is_done(video: Video, line: dict, num_frames: int) -> bool:
+    """Whether its line of a shard's manifest tells of these settings, or why it failed."""
+    names = [f"images/{name}" for name in video.images(num_frames)]
+    return "error" in line or list(line.get("files", [])) == names
 
 
 # ---- All videos ----
@@ -108,8 +110,8 @@ class FrameFolder:
         with ExitStack() as stack:
             stack.enter_context(locked(self.folder / LOCK, shared=self.shard is not None))
             if self.shard:
-                stack.enter_context(locked(self.shard.lock(self.folder)))
                 self._shards()
+                stack.enter_context(locked(self.shard.lock(self.folder)))
             shards = [self.shard] if self.shard else find_shards(self.folder)
             for path in (self.manifest, *(shard.manifest(self.folder) for shard in shards)):
                 if not path.exists():
@@ -233,15 +235,14 @@ class FrameFolder:
         missing = Counter(
             owner
             for video, owner, line in zip(videos, owners, lines, strict=True)
-            if "error" not in line and list(line.get("files", [])) != video.files(num_frames)
+            if not is_done(video, line, num_frames)
         )
         if missing:
-            all_of = Counter(owners)
-            each = (
-                f"--shard {shard} has not done {missing[shard]} of its {all_of[shard]} videos\n"
-                for shard in sorted(missing)
+            numbers = ",".join(str(shard.number) for shard in sorted(missing))
+            raise RunError(
+                f"{missing.total()} of {len(videos)} videos are not done: those of the shards "
+                f"{numbers} of {count}. Start these again with the same options, then --finish."
             )
-            raise RunError("".join(each) + "Run these again, then --finish.")
         self._remove_jsonl()
         for video, line in zip(videos, lines, strict=True):
             yield video, self._checked(line)
