@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ import pytest
 from phi3v.data import engine, frame_folder
 from phi3v.data.manifest import PART
 from phi3v.errors import RunError
-from test_convert_ucf101 import Run, flags, main, read, tree, wait_until, write_video  # noqa: F401
+from test_convert_ucf101 import SCRIPT, Run, flags, main, read, tree, wait_until, write_video  # noqa: F401
 
 CLUSTER = Path(__file__).parent / "helpers" / "ray_cluster.py"
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs ray")
@@ -114,10 +115,6 @@ def test_folders_that_a_node_does_not_see(tmp_path: Path):
 # ---- Shards ----
 
 
-def shard_flags(source: Path, out: Path, shard: str, *more: object) -> list[str]:
-    return flags(source, out, "--shard", shard, *more)
-
-
 def test_shards_at_once(tmp_path: Path, start, read, capsys):  # noqa: F811
     """
     Four shards at once, of which one is killed and started again, and then --finish: the bytes and
@@ -125,10 +122,10 @@ def test_shards_at_once(tmp_path: Path, start, read, capsys):  # noqa: F811
     """
     names = [f"A_{i}{'_hangs' if i == 9 else ''}" for i in range(11)]
     videos, out = make_videos(tmp_path / "videos", *names), tmp_path / "out"
-    (videos / "train/A/A_3.avi").write_text("no video")  # of shard 2 in the order of names
+    (videos / "train/A/A_3.avi").write_text("no video")
     write_video(videos / "train/A/A_5.avi", 3)
     (videos / "notes.txt").touch()
-    runs = [start(shard_flags(videos, out, f"{i}/4")) for i in range(4)]
+    runs = [start(flags(videos, out, "--shard", f"{i}/4")) for i in range(4)]
     order = sorted(path.stem for path in videos.rglob("*.avi"))
     hangs = order.index("A_9_hangs") % 4
     killed = f"converted.{hangs}-of-4.jsonl"
@@ -250,6 +247,38 @@ def test_bad_shard(tmp_path: Path, capsys, text: str):
     assert f"{text} is not i/n with i from 0 to n - 1" in capsys.readouterr().err
 
 
+SLURM = {
+    "python": 'printf "%s\\n" "$*" >> said.txt',
+    "srun": '"$@"',
+    "sbatch": 'for word; do case $word in --wrap=*) sh -c "${word#--wrap=}";; esac; done',
+}
+
+
+def test_sbatch(tmp_path: Path):
+    """examples/convert.sbatch starts the shards of all videos, and one --finish."""
+    folder = tmp_path / "clone of it"
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    for name, body in SLURM.items():
+        (folder / ".venv/bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / ".venv/bin" / name).chmod(0o755)
+    script = SCRIPT.parent / "examples/convert.sbatch"
+    slurm = {"SUBMIT_DIR": folder, "CPUS_PER_TASK": 16, "ARRAY_TASK_COUNT": 2, "ARRAY_JOB_ID": 7}
+    for i in range(2):
+        env = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+        env |= {"SLURM_ARRAY_TASK_ID": str(i), "PATH": os.environ["PATH"]}
+        subprocess.run(["bash", script], env=env, check=True)
+    said = (folder / "said.txt").read_text().splitlines()
+    begin = (
+        f"convert_ucf101.py --video_dir {folder}/my_videos --out_dir {folder}/converted --no-tqdm"
+    )
+    assert said == [
+        f"{begin} --finish",
+        f"{begin} --num_workers 16 --shard 0/2",
+        f"{begin} --num_workers 16 --shard 1/2",
+    ]
+
+
 # ---- Ray ----
 
 
@@ -304,6 +333,7 @@ def read_frames(path, *args, read_frames=read_frames):
         print(path.stem, file=file)
     if "dies" in path.stem:
         os._exit(9)
+    time.sleep(0.5 * ("slow" in path.stem))
     while "waits" in path.stem and not os.path.exists({go!r}):
         time.sleep(0.02)
     return read_frames(path, *args)
@@ -367,8 +397,7 @@ def test_ray_after_all_kinds_of_kills(
     names = [*(f"A_{i}" for i in range(6)), "B_waits_1", "B_waits_2", "C_dies", "D_1"]
     videos, out = make_videos(tmp_path / "videos", *names), tmp_path / "out"
     (videos / "train/A/A_3.avi").write_text("no video")
-    words = flags(videos, out, "--ray", cluster.address)
-    words[words.index("--num_workers") + 1] = "8"  # or there would be one task at a time
+    words = flags(videos, out, "--ray", cluster.address, "--num_workers", 8)
     first = start(words)
     waiting = {"B_waits_1", "B_waits_2"}
     wait_until(lambda: waiting <= set(log()) and len(noted(out)) == 5, SECONDS)
@@ -427,6 +456,42 @@ def test_ray_without_shared_storage(tmp_path: Path, cluster, shipped, log, start
     assert code == 2 and output.startswith(f"{start_of_line}{tmp_path}/elsewhere: "), output
     assert output.count("\n") == 1
     assert not (out / "images").exists() and log() == []
+
+
+@needs_ray
+@pytest.mark.long
+def test_ray_after_random_kills(tmp_path: Path, cluster, shipped, log, start, seed: int):
+    """Whatever is killed at whatever time, the same command ends with the bytes of one machine."""
+    rng = random.Random(seed)
+    names = [f"{'AB'[i % 2]}_{i:02d}{rng.choice(['', '_slow'])}" for i in range(40)]
+    videos, out = make_videos(tmp_path / "videos", *names), tmp_path / "out"
+    words = flags(videos, out, "--ray", cluster.address, "--num_workers", 8)
+    kills = Counter()
+    run, done = start(words), set()
+    for _ in range(15):
+        time.sleep(rng.uniform(1, 5))
+        if not run.process.is_alive():
+            break
+        kind = rng.choice(["driver", "worker", "node"])
+        kills[kind] += 1
+        if kind == "driver":
+            run.process.kill()
+            run.process.join()
+            assert not done & set(log())
+            done = set(noted(out))
+            (tmp_path / "read.log").unlink(missing_ok=True)
+            run = start(words)
+        elif kind == "worker" and (workers := cluster.workers()):
+            with suppress(psutil.NoSuchProcess):
+                rng.choice(workers).kill()
+        elif kind == "node":
+            cluster.node("kill")
+            cluster.node("add")
+    print(dict(kills))
+    assert run.finish(SECONDS)[0] == 0
+    assert not done & set(log())
+    assert main(videos, tmp_path / "one") == 0
+    assert tree(out) == tree(tmp_path / "one")
 
 
 @needs_ray

@@ -186,6 +186,8 @@ def ray_session(address: str) -> Iterator[None]:
 
     # Ray's own processes send figures of their use to its makers, where nobody says otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of `ray job submit --working-dir`, which may hold another version.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with tempfile.TemporaryDirectory() as code:
         # A working_dir, as modules given in any other way come after those that a node may have in
