@@ -17,6 +17,16 @@ gives
 For a dataset of your own, edit find_videos and to_record: which videos there are, and what the
 model is asked and answers.
 
+On many machines, which all see out_dir and the videos below the same paths,
+
+    python convert_ucf101.py ... --ray auto      by a Ray cluster (pip install ray)
+    python convert_ucf101.py ... --shard i/n     by n jobs, i = 0..n-1, however they are started:
+                                                 --shard $SLURM_ARRAY_TASK_ID/4 in a Slurm array,
+                                                 $JOB_COMPLETION_INDEX/4 in an indexed Job
+    python convert_ucf101.py ... --finish        when all n are done
+
+give the same bytes as one machine. See examples/convert.sbatch.
+
 Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95.
 Ids      <split>-<the video's place among all, by split, class, name>. One that fails keeps its own.
 Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of fewer than 8 frames,
@@ -24,6 +34,11 @@ Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of 
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
          changed since are made anew. There is no ucf101_*.jsonl before all is done.
          A run that was killed leaves what it extracted in --tmp_dir.
+Ray      The address is auto, host:6379 or ray://host:10001; without one, the cluster at hand or a
+         local one. A video whose node goes away is done on another. Of an archive or the hub's,
+         --tmp_dir has to be shared, too.
+Shards   Each extracts the whole archive. One that was killed is started again. Exit code 0 also
+         where videos failed: they are listed, and count, with --finish, which reads no video.
 Refused  An out_dir with images or jsonl that this script did not write, or that an older version
          without converted.jsonl wrote (delete it). Files that point to others, such as playlists.
 
@@ -32,7 +47,6 @@ on, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -43,6 +57,7 @@ from tqdm import tqdm
 
 from phi3v.data import video_source
 from phi3v.data.frame_folder import FrameFolder, Video
+from phi3v.data.manifest import Shard
 from phi3v.data.video_source import LAYOUT, SPLITS, SUFFIXES
 from phi3v.errors import DataError, RunError
 
@@ -84,7 +99,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--archive", type=Path, help=f"a tar in place of the hub's {HUB_FILE}")
     source.add_argument("--video_dir", type=Path, help=f"folder with {LAYOUT}")
     add("--num_frames", type=count, default=8, help="frames per video (default: 8)")
-    add("--num_workers", type=count, default=os.cpu_count(), help="default: all CPUs")
+    add("--num_workers", type=count, help="processes at a time (default: all CPUs)")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="work on a Ray cluster")
+    many.add_argument("--shard", type=Shard.parse, metavar="i/n", help="every n-th video only")
+    many.add_argument("--finish", action="store_true", help="put the shards together")
     add("--max_video_gb", type=count, default=1, help="larger videos fail (default: 1)")
     add("--strict", action="store_true", help="stop at the first bad file")
     add("--no-tqdm", action="store_true", help="no progress bar")
@@ -111,8 +130,14 @@ def convert(args: argparse.Namespace) -> int:
         classes = video_source.check_videos(videos, root)
         ignored = video_source.list_ignored(root, videos)
         problems = [f"ignored: {len(ignored)} files: {', '.join(ignored[:10])}"] if ignored else []
-        folder = stack.enter_context(FrameFolder(args.out_dir, jsonl.values()))
-        lines = folder.convert(videos, args.num_frames, args.num_workers, args.max_video_gb)
+        folder = stack.enter_context(FrameFolder(args.out_dir, jsonl.values(), args.shard))
+        if args.shard:
+            videos = videos[args.shard.number :: args.shard.count]
+        if args.finish:
+            lines = folder.join(videos, args.num_frames)
+        else:
+            options = (args.num_frames, args.num_workers, args.max_video_gb, args.ray)
+            lines = folder.convert(videos, *options)
         stack.enter_context(closing(lines))
         for video, line in tqdm(lines, total=len(videos), unit="video", disable=args.no_tqdm):
             kind = "failed" if "error" in line else "warning"
@@ -124,9 +149,14 @@ def convert(args: argparse.Namespace) -> int:
             if "error" not in line:
                 record = to_record(video, video.images(args.num_frames), classes)
                 records[video.split].append(record)
-        folder.finish({jsonl[split]: each for split, each in records.items() if each})
+        if not args.shard:
+            folder.finish({jsonl[split]: each for split, each in records.items() if each})
 
     print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+    if args.shard:
+        done = sum(map(len, records.values()))
+        print(f"shard {args.shard}: {done} videos, {len(videos) - done} failed. Next: --finish")
+        return 0
     for split, each in records.items():
         failed = sum(video.split == split for video in videos) - len(each)
         print(f"{split}: {len(each)} videos, {failed} failed -> ", end="")

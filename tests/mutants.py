@@ -580,6 +580,34 @@ MUTANTS = [
         "is None",
         "test_convert_ucf101",
     ),
+    Mutant(
+        "converter: --finish does not look whether all videos are done",
+        FRAME_FOLDER,
+        "            if not is_done(video, line, num_frames)\n",
+        "            if False\n",
+        "test_convert_on_many",
+    ),
+    Mutant(
+        "converter: a shard lets one machine in",
+        FRAME_FOLDER,
+        "locked(self.folder / LOCK, shared=self.shard is not None)",
+        "locked(self.folder / LOCK, shared=True)",
+        "test_convert_on_many",
+    ),
+    Mutant(
+        "engine: results come as they are done",
+        ENGINE,
+        "        for done, result in results:\n            early[done] = result\n",
+        "        for done, (_, result) in enumerate(results):\n            early[done] = result\n",
+        "test_convert_on_many",
+    ),
+    Mutant(
+        "engine: on Ray, an item goes with its node",
+        ENGINE,
+        "elif isinstance(error, process_died + node_died):",
+        "elif isinstance(error, process_died):",
+        "test_convert_on_many",
+    ),
     # ---- Other people's tools
     Mutant(
         "processor: completions begin with <s>",

@@ -23,6 +23,7 @@ from PIL import Image
 
 import convert_ucf101 as converter
 from phi3v.data import frame_folder, video
+from phi3v.data.manifest import PART
 
 SCRIPT = Path(converter.__file__).resolve()
 H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -153,14 +154,14 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
 
-    def finish(self) -> tuple[int, str]:
+    def finish(self, seconds: int = 30) -> tuple[int, str]:
         """The exit code and the output."""
-        self.process.join(30)
+        self.process.join(seconds)
         return self.process.exitcode, self.output.read_text()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool], seconds: int = 20) -> None:
+    end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
     assert condition()
@@ -451,13 +452,20 @@ def test_strict(videos: Path, tmp_path: Path, capsys):
 # ---- To stop and to continue ----
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_continues_after_a_kill(videos: Path, tmp_path: Path, read, workers: int):
-    """What a killed run completed is not decoded again; the result is that of a run in peace."""
+@pytest.mark.parametrize(
+    ("workers", "lines", "left"), [(1, 3, ["a2", "b", "c1", "ä.3"]), (2, 5, ["b", "c1"])]
+)
+def test_continues_after_a_kill(
+    videos: Path, tmp_path: Path, read, workers: int, lines: int, left: list[str]
+):
+    """
+    What a killed run completed is not decoded again, nor what came after a video that took long;
+    the result is that of a run in peace.
+    """
     hangs = write_video(videos / "test/A/b_hangs.avi")
     out = tmp_path / "out"
     run = Run(tmp_path, flags(videos, out, "--num_workers", workers))
-    wait_until(lambda: manifest_lines(out) == 3)
+    wait_until(lambda: manifest_lines(out) == lines)
     pids = run.workers()
     assert len(pids) == workers
     run.process.kill()
@@ -465,14 +473,14 @@ def test_continues_after_a_kill(videos: Path, tmp_path: Path, read, workers: int
     wait_until(lambda: not any(worker.is_running() for worker in pids))
     assert list(out.glob("*.jsonl")) == [out / "converted.jsonl"]
     assert not list(out.rglob("*.part"))
-    # The kill may also come while a line is written, or an image.
+    # The kill may also come while a line is written, the last one, or an image.
     os.truncate(out / "converted.jsonl", (out / "converted.jsonl").stat().st_size - 5)
     (out / "images/test/C").mkdir(parents=True, exist_ok=True)
-    (out / "images/test/C/c1.0.jpg.part").write_bytes(b"\xff\xd8")
+    (out / "images/test/C" / PART.format("killed")).write_bytes(b"\xff\xd8")
     hangs.rename(videos / "test/A/b.avi")
     read()
     assert main(videos, out, "--num_workers", workers) == 0
-    assert read() == ["a2", "b", "c1", "ä.3"]
+    assert read() == left
     assert main(videos, tmp_path / "fresh") == 0
     assert tree(out) == tree(tmp_path / "fresh")
 
@@ -557,21 +565,21 @@ def test_other_settings_and_videos(videos: Path, tmp_path: Path, monkeypatch, re
     assert len(read()) == 4
 
 
-@pytest.mark.parametrize("name", ["a1.3.jpg.part", "ucf101_test.jsonl.part"])
+@pytest.mark.parametrize("name", ["a1.3.jpg", "ucf101_test.jsonl"])
 def test_full_disk(videos: Path, tmp_path: Path, monkeypatch, capsys, name: str):
     """One message with the path, nothing half written, and the same command continues."""
-    out, write_bytes = tmp_path / "out", Path.write_bytes
+    out, replace = tmp_path / "out", Path.replace
 
-    def fails(self: Path, data: bytes) -> int:
-        if self.name == name:
+    def fails(self: Path, target: Path) -> Path:
+        if target.name == name:
             raise OSError(28, "No space left on device")
-        return write_bytes(self, data)
+        return replace(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", fails)
+        patch.setattr(Path, "replace", fails)
         assert main(videos, out) == 2
-    error = capsys.readouterr().err
-    assert f"{name.removesuffix('.part')}: No space left on device. When that" in error
+    assert f"{name}: No space left on device. When that" in capsys.readouterr().err
+    assert not list(out.rglob("*.part"))
     assert main(videos, out) == 0
     assert main(videos, tmp_path / "fresh") == 0
     assert tree(out) == tree(tmp_path / "fresh")

@@ -4,6 +4,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -185,6 +186,8 @@ def ray_session(address: str) -> Iterator[None]:
 
     # Ray's own processes send figures of their use to its makers, where nobody says otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of `ray job submit --working-dir`, which may hold another version.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with tempfile.TemporaryDirectory() as code:
         # A working_dir, as modules given in any other way come after those that a node may have in
@@ -192,6 +195,9 @@ def ray_session(address: str) -> Iterator[None]:
         skip = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PACKAGE, Path(code, PACKAGE.name), ignore=skip)
         try:
+            if match := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+                # Where nobody answers, Ray itself would try for minutes.
+                socket.create_connection((match[1].strip("[]"), int(match[2])), 10).close()
             ray.init(
                 address or None,
                 runtime_env={"working_dir": code},
@@ -241,7 +247,8 @@ def run_on_ray(
         ray_errors.ObjectLostError,
     )
 
-    @ray.remote(max_retries=0)
+    # By its default strategy, Ray 2.60 left one of two nodes idle for most of a run.
+    @ray.remote(max_retries=0, scheduling_strategy="SPREAD")
     def task(*arguments: object) -> T:
         check_node(shared)
         return work(*arguments)

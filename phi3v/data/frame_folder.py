@@ -1,22 +1,30 @@
-"""Videos -> a folder of frames, by several processes, with a manifest of what is done."""
+"""Videos -> a folder of frames, by many processes, with a manifest of what is done."""
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TextIO
 
-from filelock import FileLock, Timeout
-
-from phi3v.data.engine import run_all
+from phi3v.data.engine import as_done, in_order
+from phi3v.data.manifest import (
+    HEADER,
+    Shard,
+    file_digest,
+    find_shards,
+    locked,
+    read_manifest,
+    remove_parts,
+    write_file,
+)
 from phi3v.data.video import MADE_BY, read_frames, reason, to_jpeg
 from phi3v.errors import RunError
 
-# The first line of a manifest. Another number tells that its lines mean something else.
-HEADER = json.dumps({"manifest_of": "phi3v.data.frame_folder", "version": 1}) + "\n"
+LOCK = ".converted.lock"
 
 
 class Video(NamedTuple):
@@ -29,28 +37,6 @@ class Video(NamedTuple):
     def images(self, num_frames: int) -> list[str]:
         """Paths of its frames, relative to images/."""
         return [f"{self.name}.{i}.jpg" for i in range(num_frames)]
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """
-    Write a file that has its name only when it is whole.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    part = path.with_name(path.name + ".part")  # left by a killed run, the next one replaces it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        why = f"cannot write {path}: {error.strerror}"
-        raise RunError(f"{why}. When that is solved, the same command continues.") from error
 
 
 def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb: int) -> dict:
@@ -85,6 +71,12 @@ def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb
     return {**line, "warning": warning, "files": dict(zip(names, digests, strict=True))}
 
 
+def is_done(video: Video, line: dict, num_frames: int) -> bool:
+    """Whether its line of a shard's manifest tells of these settings, or why it failed."""
+    names = [f"images/{name}" for name in video.images(num_frames)]
+    return "error" in line or list(line.get("files", [])) == names
+
+
 # ---- All videos ----
 
 
@@ -95,71 +87,174 @@ class FrameFolder:
         images/<video.name>.<i>.jpg    the frames
         <jsonl>                        the caller's records, there only when all images are
         converted.jsonl                the manifest: what each file is made of, and its SHA-256
+        converted.<i>-of-<n>.jsonl     what shard i of n has done, and which videos failed, until
+                                       the shards are put together
+
+    As a shard's, it lets in other shards, and no one else.
 
     Raises:
         RunError: on entering, if it has files that this module has not written and would replace,
-            or if another converter is at work in it.
+            if another converter is at work in it, or if it has shards of another count.
     """
 
-    def __init__(self, folder: Path, jsonl: Iterable[str]):
-        self.folder, self.manifest = folder, folder / "converted.jsonl"
+    def __init__(self, folder: Path, jsonl: Iterable[str], shard: Shard | None = None):
+        self.folder, self.manifest, self.shard = folder, folder / "converted.jsonl", shard
         self.jsonl = [folder / name for name in jsonl]
-        self.lock = FileLock(folder / ".converted.lock", timeout=0)
+        self.locks = ExitStack()
         self.old: list[dict] = []  # the manifest's lines of earlier runs
         self.new: list[dict] = []
 
     def __enter__(self) -> Self:
-        text = self.manifest.read_text(errors="replace") if self.manifest.is_file() else ""
-        for path in (self.manifest, self.folder / "images", *self.jsonl):
-            ours = text.startswith(HEADER)
-            if path in self.jsonl:  # it may be edited since
-                ours = ours and path.is_file() and file_digest(path) in text
-            if os.path.lexists(path) and not ours:
-                why = "is not as this script wrote it, and would be replaced"
-                raise RunError(f"{path} {why}: choose another --out_dir, or move it away")
+        self._check_owner()
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire()
-        except Timeout as error:
-            raise RunError(f"another converter is writing to {self.folder}") from error
-        if not text:
-            write_file(self.manifest, HEADER.encode())
-        for line in self.manifest.read_text().splitlines()[1:]:
-            with suppress(ValueError):  # the run was killed while it wrote the line
-                self.old.append(json.loads(line))
-        for path in self.jsonl:
-            path.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.folder / LOCK, shared=self.shard is not None))
+            if self.shard:
+                self._shards()
+                stack.enter_context(locked(self.shard.lock(self.folder)))
+            shards = [self.shard] if self.shard else find_shards(self.folder)
+            for path in (self.manifest, *(shard.manifest(self.folder) for shard in shards)):
+                if not path.exists():
+                    write_file(path, HEADER.encode())
+                self.old += [line for line in read_manifest(path) if "files" in line]
+            self.locks = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.lock.release()
+        self.locks.close()
+
+    def _check_owner(self) -> None:
+        paths = (self.manifest, self.folder / "images", *self.jsonl)
+        there = [path for path in paths if os.path.lexists(path)]
+        # After that look: another shard, just begun, writes the manifest before all else.
+        text = self.manifest.read_text(errors="replace") if self.manifest.is_file() else ""
+        for path in there:
+            ours = text.startswith(HEADER)
+            if path in self.jsonl:  # it may be edited since
+                with suppress(FileNotFoundError):
+                    ours = ours and path.is_file() and file_digest(path) in text
+            if not ours and os.path.lexists(path):  # another shard may have removed it
+                why = "is not as this script wrote it, and would be replaced"
+                raise RunError(f"{path} {why}: choose another --out_dir, or move it away")
+
+    def _shards(self) -> list[Shard]:
+        """
+        Those that have begun, all of one count.
+
+        Raises:
+            RunError: they have not.
+        """
+        shards = find_shards(self.folder)
+        if len(counts := sorted({shard.count for shard in [*shards, self.shard] if shard})) > 1:
+            raise RunError(
+                f"shards of {counts[0]} and of {counts[1]} do not fit together: a run without "
+                f"--shard takes over what they did, or delete {self.folder}/converted.*-of-*.jsonl "
+                "of the one or the other"
+            )
+        return shards
 
     def convert(
-        self, videos: list[Video], num_frames: int, num_workers: int, max_gb: int
+        self,
+        videos: list[Video],
+        num_frames: int,
+        num_workers: int | None,
+        max_gb: int,
+        ray_address: str | None = None,
     ) -> Iterator[tuple[Video, dict]]:
         """
         Write the frames of all videos; yields each, in order, with what `convert_video` returns.
 
         Raises:
-            RunError: an image cannot be written.
+            RunError: an image cannot be written, or the nodes of a Ray cluster are not alike.
         """
+        self._remove_jsonl()
+        if not videos:  # there are more shards than videos
+            return
         done = {line["name"]: line for line in self.old}
         old = [done.get(video.name, {}) for video in videos]
-        work = partial(convert_video, folder=self.folder, num_frames=num_frames, max_gb=max_gb)
-        died = {"error": "its worker process died"}
-        lines = run_all(work, videos, old, died=died, num_workers=num_workers)
-        with self.manifest.open("a") as file, closing(lines):
+        # Other machines have other working folders.
+        folder = self.folder.absolute()
+        there = [video._replace(path=video.path.absolute()) for video in videos]
+        work = partial(convert_video, folder=folder, num_frames=num_frames, max_gb=max_gb)
+        results = as_done(
+            *(work, there, old),
+            died={"error": "its worker process died"},
+            num_workers=num_workers,
+            ray_address=ray_address,
+            # The lock is in no other folder of that name.
+            shared=(Path(os.path.commonpath([video.path for video in there])), folder / LOCK),
+        )
+        path = self.shard.manifest(self.folder) if self.shard else self.manifest
+        with path.open("a") as file:
             file.write("\n")  # ends a line that a killed run has begun
-            for video, line in zip(videos, lines, strict=True):
-                if "error" not in line:
-                    self.new.append(line)
-                    print(json.dumps(line), file=file, flush=True)
-                yield video, line
+            with closing(in_order(self._noted(results, videos, file))) as lines:
+                for video, line in zip(videos, lines, strict=True):
+                    yield video, self._checked(line)
+
+    def _noted(
+        self, results: Iterator[tuple[int, dict]], videos: list[Video], file: TextIO
+    ) -> Iterator[tuple[int, dict]]:
+        """Write each line to the manifest as soon as it is there."""
+        with closing(results):
+            for number, line in results:
+                if "error" not in line or self.shard:
+                    note = {"name": videos[number].name, **line}
+                    print(json.dumps(note), file=file, flush=True)
+                yield number, line
+
+    def _checked(self, line: dict) -> dict:
+        if line.get("made_by", MADE_BY) != MADE_BY:
+            raise RunError(
+                f"another machine has {line['made_by']}, this one {MADE_BY}: the frames could "
+                "differ. Install the same, then the same command continues."
+            )
+        if "error" not in line:
+            self.new.append(line)
+        return line
+
+    def join(self, videos: list[Video], num_frames: int) -> Iterator[tuple[Video, dict]]:
+        """
+        Yield all videos, in order, with what their shards noted of them. It is taken as it is: no
+        video and no image is read.
+
+        Raises:
+            RunError: a shard has not done all of its videos.
+        """
+        done: dict[Shard, dict[str, dict]] = {}
+        for shard in self._shards():
+            lines = read_manifest(shard.manifest(self.folder))
+            done[shard] = {line["name"]: line for line in lines}  # the last one of each counts
+        if not done:
+            raise RunError(f"{self.folder} has no shards to finish")
+        count = shard.count
+        owners = [Shard(i % count, count) for i in range(len(videos))]
+        lines = [
+            done.get(owner, {}).get(video.name, {})
+            for video, owner in zip(videos, owners, strict=True)
+        ]
+        missing = Counter(
+            owner
+            for video, owner, line in zip(videos, owners, lines, strict=True)
+            if not is_done(video, line, num_frames)
+        )
+        if missing:
+            numbers = ",".join(str(shard.number) for shard in sorted(missing))
+            raise RunError(
+                f"{missing.total()} of {len(videos)} videos are not done: those of the shards "
+                f"{numbers} of {count}. Start these again with the same options, then --finish."
+            )
+        self._remove_jsonl()
+        for video, line in zip(videos, lines, strict=True):
+            yield video, self._checked(line)
+
+    def _remove_jsonl(self) -> None:
+        for path in self.jsonl:
+            path.unlink(missing_ok=True)
 
     def finish(self, records: dict[str, list[dict]]) -> None:
         """
-        Remove the images of earlier runs that are not of this one; write the manifest and, for
-        each name of a jsonl, its records.
+        Remove the images of earlier runs that are not of this one, and what killed ones left half
+        written; write the manifest and, for each name of a jsonl, its records.
 
         Raises:
             RunError: a file cannot be written.
@@ -167,6 +262,7 @@ class FrameFolder:
         old, new = ({n for line in lines for n in line["files"]} for lines in (self.old, self.new))
         for name in old - new:
             (self.folder / name).unlink(missing_ok=True)
+        remove_parts(self.folder)
         texts = {
             name: "".join(json.dumps(record) + "\n" for record in each).encode()
             for name, each in records.items()
@@ -178,3 +274,6 @@ class FrameFolder:
         write_file(self.manifest, (HEADER + lines).encode())  # first: a kill may come between
         for name, text in texts.items():
             write_file(self.folder / name, text)
+        for shard in find_shards(self.folder):
+            shard.manifest(self.folder).unlink()
+            shard.lock(self.folder).unlink(missing_ok=True)
