@@ -273,7 +273,7 @@ def test_commands_run(tmp_path):
 
 def test_slurm_file_parses(machine):
     """Its command line, as torchrun and the recipe read it."""
-    text = (REPO / "examples" / "docvqa.sbatch").read_text()
+    text = (REPO / "examples" / "slurm.sbatch").read_text()
     [command] = [words for words in words_of(text) if words[0] == "srun"]
     check_command(command[command.index("torchrun") :], machine)
     nodes = re.search(r"--nodes=(\d+)", text)[1]
