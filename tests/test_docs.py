@@ -282,10 +282,9 @@ def test_slurm_file_parses(machine):
 
 
 def test_azure_ml_file_loads_and_its_command_parses(machine):
-    """Also that each machine's processes are counted alike in the two places."""
+    """Its image is built of a file that is there."""
     job = yaml.safe_load((REPO / "examples" / "azureml_docvqa.yml").read_text())
     processes = job["distribution"]["process_count_per_instance"]
-    assert job["environment_variables"]["LOCAL_WORLD_SIZE"] == str(processes)
     assert (REPO / "examples" / job["environment"]["build"]["path"] / "Dockerfile").is_file()
     machine.setenv("WORLD_SIZE", str(processes * job["resources"]["instance_count"]))
     [words] = words_of(job["command"])
