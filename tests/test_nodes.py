@@ -42,13 +42,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def small(demo_checkpoint, tmp_path_factory) -> list[str]:
-    """Flags that make the examples' run a small one: 20 epochs of 2 steps."""
+    """Flags that make the examples' run a small one: 8 epochs of 2 steps."""
     data = tmp_path_factory.mktemp("data")
     write_parquet(data, "train", [cauldron_row(i, 1, ("Color?", "red")) for i in range(8)])
     write_parquet(data, "test", [examples_row(i) for i in range(2)])
     flags = ("--dataset_name_or_path", data, "--eval_dataset_name_or_path", data)
     flags += ("--model_name_or_path", demo_checkpoint, "--num_crops", 1, "--batch_size", 4)
-    flags += ("--num_train_epochs", 20, "--learning_rate", 1e-2, "--max_new_tokens", 2)
+    flags += ("--num_train_epochs", 8, "--learning_rate", 1e-2, "--max_new_tokens", 2)
     return [str(flag) for flag in flags]
 
 

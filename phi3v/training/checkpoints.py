@@ -130,8 +130,9 @@ def _look(
         if record["settings"] is not None:
             check_settings(f"{folder.path} holds a run", record["settings"], settings)
         return False, None, [f"{folder.path} holds no complete checkpoint: the run starts anew"]
-    check_settings(f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings)
-    return False, str(checkpoint), notes
+    theirs = _settings_of(Path(checkpoint))
+    check_settings(f"{checkpoint} comes from a run", theirs, settings)
+    return False, str(checkpoint), [*notes, *_other_shares(theirs, settings)]
 
 
 def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[Path]) -> None:
@@ -244,8 +245,36 @@ def _differences(theirs: dict, ours: dict[str, object]) -> list[str]:
     names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys())
     return [
         f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
-        for name in sorted(names)
+        for name in sorted(names - _free(ours))
         if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _free(settings: dict[str, object]) -> set[str]:
+    """
+    What a run may go on with otherwise, because the same samples make each step: they are dealt out
+    to processes and micro-batches in turn.
+    """
+    # DeepSpeed's checkpoints are in as many parts as processes wrote them. Samples are sorted by
+    # length within a process's share of a step.
+    of_processes = settings["deepspeed"] is not None
+    of_processes |= settings["train_sampling_strategy"] == "group_by_length"
+    return {"batch_size_per_gpu"} if of_processes else {"batch_size_per_gpu", "processes"}
+
+
+def _other_shares(theirs: dict, ours: dict[str, object]) -> list[str]:
+    """What to say where the samples of a step are dealt out otherwise from here on."""
+    before, now = (
+        f"{each.get('processes')} x {each.get('batch_size_per_gpu')}" for each in (theirs, ours)
+    )
+    if before == now:
+        return []
+    others = "; so is what fills up an epoch's last step, where samples cannot be divided evenly"
+    if ours["use_lora"] and ours["lora_dropout"]:
+        others += "; --lora_dropout draws other numbers"
+    return [
+        f"Going on with {now} samples at a time in place of {before}: the samples of a step are "
+        f"the same, the order in which floats are added is another{others}"
     ]
 
 
