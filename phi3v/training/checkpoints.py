@@ -242,24 +242,28 @@ def check_settings(where: str, theirs: dict | None, ours: dict[str, object]) -> 
 
 
 def _differences(theirs: dict, ours: dict[str, object]) -> list[str]:
-    names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys())
+    names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys()) - {"batch_size_per_gpu"}
+    reason = _needs_processes(ours)
+    reasons = {"processes": f" ({reason})"} if reason else {}
     return [
-        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
-        for name in sorted(names - _free(ours))
+        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}{reasons.get(name, '')}"
+        for name in sorted(names if reason else names - {"processes"})
         if ours.get(name) != theirs.get(name)
     ]
 
 
-def _free(settings: dict[str, object]) -> set[str]:
+def _needs_processes(settings: dict[str, object]) -> str | None:
     """
-    What a run may go on with otherwise, because the same samples make each step: they are dealt out
-    to processes and micro-batches in turn.
+    Why a run has to go on with as many processes as it had; None where it need not. With the same
+    --batch_size, the same samples make each step: they are dealt out to processes and micro-batches
+    in turn.
     """
-    # DeepSpeed's checkpoints are in as many parts as processes wrote them. Samples are sorted by
-    # length within a process's share of a step.
-    of_processes = settings["deepspeed"] is not None
-    of_processes |= settings["train_sampling_strategy"] == "group_by_length"
-    return {"batch_size_per_gpu"} if of_processes else {"batch_size_per_gpu", "processes"}
+    if settings["deepspeed"] is not None:
+        # DeepSpeed's own converter (0.19, ds_to_universal) makes wrong weights of ours, silently.
+        return "DeepSpeed's checkpoints have a part for each; DDP, --deepspeed none, could go on"
+    if settings["train_sampling_strategy"] not in ("random", "sequential"):
+        return "--train_sampling_strategy makes other batches for them"
+    return None
 
 
 def _other_shares(theirs: dict, ours: dict[str, object]) -> list[str]:
