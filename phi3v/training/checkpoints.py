@@ -11,7 +11,9 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +21,12 @@ import torch
 from transformers import TrainingArguments
 
 from ..data.images import image_source
-from ..distributed import on_first_rank, print_first
-from ..errors import RunError, phase
+from ..distributed import gather, on_first_rank, print_first, world_size
+from ..errors import RunError, one_line, phase
 from .arguments import RecipeParser
 from .card import push
 from .merging import merge_adapter, merged_dtype
-from .output_folder import COMPLETE, OutputFolder, incompleteness
+from .output_folder import COMPLETE, OutputFolder, complete_files, file_system, incompleteness
 
 from peft import PeftModel
 
@@ -45,6 +47,8 @@ TRAINING_ARGUMENTS = (
     *("neftune_noise_alpha", "train_sampling_strategy"),
 )
 DATA = "training data"
+# Seconds. NFS goes by what it knows of a folder for 60 at most, if nobody has set another time.
+SEEN_AFTER = 90.0
 
 
 def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) -> str | None:
@@ -83,6 +87,7 @@ def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) 
         raise SystemExit(0)
     if checkpoint:
         print_first(f"Resuming from {checkpoint}")
+        wait_until_seen(Path(checkpoint))
     return checkpoint
 
 
@@ -147,6 +152,35 @@ def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[P
             "with --resume_from_checkpoint, replace it with --overwrite_output_dir, or choose "
             "another folder."
         )
+
+
+def wait_until_seen(checkpoint: Path) -> None:
+    """
+    Wait until every rank sees a checkpoint's files as the first one does. Other machines may be
+    shown an older state of a shared file system for a while.
+
+    Raises:
+        RunError: one does not see them; on every rank.
+    """
+    if world_size() == 1:
+        return
+    files = on_first_rank(lambda: complete_files(checkpoint))
+    deadline = time.monotonic() + SEEN_AFTER
+    while (problem := _unseen(checkpoint, files)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for machine, problem, disk in gather((platform.node(), problem, file_system(checkpoint))):
+        if problem:
+            raise RunError(
+                f"{checkpoint}, as {machine} sees it on {disk}: {problem}. The first rank has seen "
+                "it whole. Put --output_dir on storage that all machines share."
+            )
+
+
+def _unseen(checkpoint: Path, files: dict[str, list] | None) -> str | None:
+    try:
+        return incompleteness(checkpoint, files)
+    except OSError as error:  # it is being replaced
+        return one_line(error)
 
 
 def run_settings(args: argparse.Namespace, training_args: TrainingArguments) -> dict[str, object]:
