@@ -19,10 +19,10 @@ from transformers import TrainerCallback
 from helpers.records import RECORDS
 from helpers.trainers import SETTINGS, arguments, make_trainer
 from phi3v.errors import RunError, explanation
-from phi3v.training import trainer_arguments
+from phi3v.training import checkpoints, trainer_arguments
 from phi3v.training.checkpoints import check_settings, fingerprint
 from phi3v.training.launch import _prepare_deepspeed
-from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
+from phi3v.training.output_folder import COMPLETE, OutputFolder, complete_files, incompleteness
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -83,6 +83,26 @@ def test_a_half_written_one_does_not_count(demo_checkpoint, copy, damage):
         resume(demo_checkpoint, copy, str(newest))
 
 
+def test_a_machine_that_does_not_see_it(copy, monkeypatch):
+    """It is named with what is missing there, and the disk that it looked at."""
+    checkpoint = copy / "checkpoint-3"
+    listed = complete_files(checkpoint)
+    monkeypatch.setattr(checkpoints, "world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints, "SEEN_AFTER", 0)
+    monkeypatch.setattr(checkpoints, "on_first_rank", lambda decide: listed)
+    monkeypatch.setattr(checkpoints, "gather", lambda mine: [None, mine])
+    checkpoints.wait_until_seen(checkpoint)
+    state = checkpoint / "trainer_state.json"
+    state.write_text(state.read_text().replace("0", "1", 1))  # an older one of the same size
+    with pytest.raises(
+        RunError, match=r"checkpoint-3, as .* sees it on .*: trainer_state.json is not"
+    ):
+        checkpoints.wait_until_seen(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(RunError, match="there is no such folder.* storage that all machines share"):
+        checkpoints.wait_until_seen(checkpoint)
+
+
 def test_the_next_checkpoint_removes_half_written_ones(demo_checkpoint, tmp_path):
     """Left-overs of a killed run go, and do not push out whole ones. Other folders stay."""
     flags = ("--batch_size", "1", "--save_steps", "1")
@@ -133,7 +153,9 @@ def test_another_number_of_processes(demo_checkpoint, copy, capsys):
     assert "Going on with 1 x 1 samples at a time in place of 2 x 4" in said
     assert "--lora_dropout draws other numbers" in said
     for other in ({"deepspeed": {}}, {"train_sampling_strategy": "group_by_length"}):
-        check_settings("here is a run", {**ours, **other, "batch_size_per_gpu": 4}, {**ours, **other})
+        check_settings(
+            "here is a run", {**ours, **other, "batch_size_per_gpu": 4}, {**ours, **other}
+        )
         with pytest.raises(RunError, match=r"processes is 1, it had 2 \(.*(DDP|batches)"):
             check_settings("here is a run", {**ours, **other, "processes": 2}, {**ours, **other})
 

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from conftest import REPO
 from helpers.launcher import Launcher, Process
+from phi3v.errors import RunError
+from phi3v.training.launch import init_after_restart
 from phi3v.training.output_folder import OutputFolder, incompleteness
 from small_datasets import cauldron_row, examples_row, write_parquet
 
@@ -81,9 +83,7 @@ class Machines:
             "STARTED": str(folder / "started.json"),
             **{"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": "7"},
         }
-        subprocess.run(
-            ["bash", EXAMPLES / "slurm.sbatch"], env={**os.environ, **given}, check=True
-        )
+        subprocess.run(["bash", EXAMPLES / "slurm.sbatch"], env={**os.environ, **given}, check=True)
         words, env = json.loads((folder / "started.json").read_text())
         return words[words.index("torchrun") + 1 :], env
 
@@ -154,6 +154,17 @@ def test_a_machine_is_lost(new_machines):
     ours, theirs = lost.weights(), whole.weights()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+def test_restarts_on_several_machines(monkeypatch):
+    """Refused where ranks that are restarted would wait in vain for those before them."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    init_after_restart(on_gpu=False)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        init_after_restart(on_gpu=False)
 
 
 def test_azure_ml_file(launcher, small, tmp_path):

@@ -168,12 +168,12 @@ def wait_until_seen(checkpoint: Path) -> None:
     deadline = time.monotonic() + SEEN_AFTER
     while (problem := _unseen(checkpoint, files)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    for machine, problem, disk in gather((platform.node(), problem, file_system(checkpoint))):
-        if problem:
-            raise RunError(
-                f"{checkpoint}, as {machine} sees it on {disk}: {problem}. The first rank has seen "
-                "it whole. Put --output_dir on storage that all machines share."
-            )
+    mine = problem and f"{platform.node()} sees it on {file_system(checkpoint)}: {problem}"
+    if problems := [text for text in gather(mine) if text]:
+        raise RunError(
+            f"{checkpoint}, as {problems[0]}. The first rank sees it whole. Put --output_dir on "
+            "storage that all machines share."
+        )
 
 
 def _unseen(checkpoint: Path, files: dict[str, list] | None) -> str | None:
