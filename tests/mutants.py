@@ -515,6 +515,28 @@ MUTANTS = [
         "if False:",
         "test_bad_input",
     ),
+    # ---- Several machines
+    Mutant(
+        "machines: ranks that are restarted look for a store that is kept",
+        "phi3v/training/launch.py",
+        'os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"',
+        "False",
+        "test_nodes",
+    ),
+    Mutant(
+        "machines: a rank loads the best checkpoint before it sees it",
+        "phi3v/training/trainer.py",
+        "wait_until_seen(Path(self.state.best_model_checkpoint))",
+        "pass",
+        "test_ranks",
+    ),
+    Mutant(
+        "machines: DeepSpeed's checkpoints are for any number of processes",
+        CHECKPOINTS,
+        'if settings["deepspeed"] is not None:',
+        "if False:",
+        "test_checkpoints",
+    ),
     # ---- The converter
     Mutant(
         "converter: frames are taken from the middle",

@@ -294,7 +294,7 @@ def _needs_processes(settings: dict[str, object]) -> str | None:
     """
     if settings["deepspeed"] is not None:
         # DeepSpeed's own converter (0.19, ds_to_universal) makes wrong weights of ours, silently.
-        return "DeepSpeed's checkpoints have a part for each; DDP, --deepspeed none, could go on"
+        return "DeepSpeed's checkpoints have a part for each: start as many; only DDP needs not"
     if settings["train_sampling_strategy"] not in ("random", "sequential"):
         return "--train_sampling_strategy makes other batches for them"
     return None
@@ -307,12 +307,11 @@ def _other_shares(theirs: dict, ours: dict[str, object]) -> list[str]:
     )
     if before == now:
         return []
-    others = "; so is what fills up an epoch's last step, where samples cannot be divided evenly"
-    if ours["use_lora"] and ours["lora_dropout"]:
-        others += "; --lora_dropout draws other numbers"
+    draws = ours["use_lora"] and ours["lora_dropout"]
     return [
-        f"Going on with {now} samples at a time in place of {before}: the samples of a step are "
-        f"the same, the order in which floats are added is another{others}"
+        f"Going on with {now} samples at a time in place of {before}: each step has the same "
+        "samples, added up in another order. The last step of an epoch may be filled up with "
+        f"others{', and --lora_dropout draws other numbers' if draws else ''}"
     ]
 
 
