@@ -1,6 +1,7 @@
 """Ranks: which one this is, what the first one says for all, what they share and agree on."""
 
 import os
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -56,13 +57,12 @@ def share_out(
         Results by index, in order, the same on every rank. A DataError that was raised stands in
         the place of the result.
     """
-    shared = dist.is_available() and dist.is_initialized()
-    number, count = (rank(), world_size()) if shared else (0, 1)
-    if shared and each_machine:
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # By name: what counts a machine's ranks, LOCAL_WORLD_SIZE, is set by torchrun alone.
+    machines = gather(platform.node() if each_machine else "")
+    mine = rank() if len(machines) > 1 else 0
+    team = [other for other, machine in enumerate(machines) if machine == machines[mine]]
     done = {}
-    for index in progress(indices[number::count]):
+    for index in progress(indices[team.index(mine) :: len(team)]):
         try:
             done[index] = work(index)
         except DataError as error:

@@ -526,8 +526,8 @@ MUTANTS = [
     Mutant(
         "data: a machine looks at a part of its files only",
         "phi3v/distributed.py",
-        "    if shared and each_machine:",
-        "    if False:",
+        'gather(platform.node() if each_machine else "")',
+        'gather("")',
         "test_bad_input",
     ),
     Mutant(
@@ -536,6 +536,28 @@ MUTANTS = [
         'if opened.format not in (*FORMATS, "MPO", None):',
         "if False:",
         "test_bad_input",
+    ),
+    # ---- Several machines
+    Mutant(
+        "machines: ranks that are restarted look for a store that is kept",
+        "phi3v/training/launch.py",
+        'os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"',
+        "False",
+        "test_nodes",
+    ),
+    Mutant(
+        "machines: a rank loads the best checkpoint before it sees it",
+        "phi3v/training/trainer.py",
+        "wait_until_seen(Path(self.state.best_model_checkpoint))",
+        "pass",
+        "test_ranks",
+    ),
+    Mutant(
+        "machines: DeepSpeed's checkpoints are for any number of processes",
+        CHECKPOINTS,
+        'if settings["deepspeed"] is not None:',
+        "if False:",
+        "test_checkpoints",
     ),
     # ---- The converter
     Mutant(

@@ -19,10 +19,10 @@ from transformers import TrainerCallback
 from helpers.records import RECORDS
 from helpers.trainers import SETTINGS, arguments, make_trainer
 from phi3v.errors import RunError, explanation
-from phi3v.training import trainer_arguments
-from phi3v.training.checkpoints import fingerprint
+from phi3v.training import checkpoints, trainer_arguments
+from phi3v.training.checkpoints import check_settings, fingerprint
 from phi3v.training.launch import _prepare_deepspeed
-from phi3v.training.output_folder import COMPLETE, OutputFolder, incompleteness
+from phi3v.training.output_folder import COMPLETE, OutputFolder, complete_files, incompleteness
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -83,6 +83,26 @@ def test_a_half_written_one_does_not_count(demo_checkpoint, copy, damage):
         resume(demo_checkpoint, copy, str(newest))
 
 
+def test_a_machine_that_does_not_see_it(copy, monkeypatch):
+    """It is named with what is missing there, and the disk that it looked at."""
+    checkpoint = copy / "checkpoint-3"
+    listed = complete_files(checkpoint)
+    monkeypatch.setattr(checkpoints, "world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints, "SEEN_AFTER", 0)
+    monkeypatch.setattr(checkpoints, "on_first_rank", lambda decide: listed)
+    monkeypatch.setattr(checkpoints, "gather", lambda mine: [None, mine])
+    checkpoints.wait_until_seen(checkpoint)
+    state = checkpoint / "trainer_state.json"
+    state.write_text(state.read_text().replace("0", "1", 1))  # an older one of the same size
+    with pytest.raises(
+        RunError, match=r"checkpoint-3, as .* sees it on .*: trainer_state.json is not"
+    ):
+        checkpoints.wait_until_seen(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(RunError, match="there is no such folder.* storage that all machines share"):
+        checkpoints.wait_until_seen(checkpoint)
+
+
 def test_the_next_checkpoint_removes_half_written_ones(demo_checkpoint, tmp_path):
     """Left-overs of a killed run go, and do not push out whole ones. Other folders stay."""
     flags = ("--batch_size", "1", "--save_steps", "1")
@@ -109,16 +129,35 @@ def test_other_settings_are_refused(demo_checkpoint, copy, flags, difference):
         resume(demo_checkpoint, copy, *flags)
 
 
-def test_other_processes_or_data_are_refused(demo_checkpoint, copy):
-    """So are another number of processes, and other samples."""
+def test_other_data_is_refused(demo_checkpoint, copy):
+    """It is known once it is loaded."""
     flags = ("--batch_size", "1", "--resume_from_checkpoint")
     with pytest.raises(RunError, match="training data is '2 samples"):
         make_trainer(arguments(demo_checkpoint, copy, *flags), RECORDS[:2])
-    settings = json.loads((copy / "checkpoint-3" / COMPLETE).read_text())
-    settings["settings"]["processes"] = 2
-    (copy / "checkpoint-3" / COMPLETE).write_text(json.dumps(settings))
-    with pytest.raises(RunError, match="processes is 1, it had 2"):
-        resume(demo_checkpoint, copy)
+
+
+def test_another_number_of_processes(demo_checkpoint, copy, capsys):
+    """
+    A run goes on and says what is another, where steps have the same samples. It is refused under
+    DeepSpeed, and where batches are made by length.
+    """
+    complete = copy / "checkpoint-3" / COMPLETE
+    content = json.loads(complete.read_text())
+    ours = {**content["settings"]}
+    theirs = content["settings"]
+    theirs |= {"processes": 2, "batch_size_per_gpu": 4, "use_lora": True, "lora_dropout": 0.5}
+    complete.write_text(json.dumps(content))
+    flags = ("--use_lora", "--lora_dropout", "0.5")
+    assert resume(demo_checkpoint, copy, *flags) == str(complete.parent)
+    said = capsys.readouterr().out
+    assert "Going on with 1 x 1 samples at a time in place of 2 x 4" in said
+    assert "--lora_dropout draws other numbers" in said
+    for other in ({"deepspeed": {}}, {"train_sampling_strategy": "group_by_length"}):
+        check_settings(
+            "here is a run", {**ours, **other, "batch_size_per_gpu": 4}, {**ours, **other}
+        )
+        with pytest.raises(RunError, match=r"processes is 1, it had 2 \(.*(DDP|batches)"):
+            check_settings("here is a run", {**ours, **other, "processes": 2}, {**ours, **other})
 
 
 def test_harmless_settings_may_change(demo_checkpoint, copy):

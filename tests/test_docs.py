@@ -273,7 +273,7 @@ def test_commands_run(tmp_path):
 
 def test_slurm_file_parses(machine):
     """Its command line, as torchrun and the recipe read it."""
-    text = (REPO / "examples" / "docvqa.sbatch").read_text()
+    text = (REPO / "examples" / "slurm.sbatch").read_text()
     [command] = [words for words in words_of(text) if words[0] == "srun"]
     check_command(command[command.index("torchrun") :], machine)
     nodes = re.search(r"--nodes=(\d+)", text)[1]
@@ -282,10 +282,9 @@ def test_slurm_file_parses(machine):
 
 
 def test_azure_ml_file_loads_and_its_command_parses(machine):
-    """Also that each machine's processes are counted alike in the two places."""
+    """Its image is built of a file that is there."""
     job = yaml.safe_load((REPO / "examples" / "azureml_docvqa.yml").read_text())
     processes = job["distribution"]["process_count_per_instance"]
-    assert job["environment_variables"]["LOCAL_WORLD_SIZE"] == str(processes)
     assert (REPO / "examples" / job["environment"]["build"]["path"] / "Dockerfile").is_file()
     machine.setenv("WORLD_SIZE", str(processes * job["resources"]["instance_count"]))
     [words] = words_of(job["command"])

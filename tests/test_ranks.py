@@ -1,6 +1,7 @@
 """What several ranks have to do together: choose, fail, and stop, as real processes."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -31,29 +32,77 @@ def flags(data_dir, demo_checkpoint) -> tuple[str, ...]:
     )
 
 
-# Each rank of this has a view of its own of the file system: the second one sees no checkpoint.
-OTHER_VIEW = """
-import os, sys, runpy
-from pathlib import Path
+# The second rank sees no file of a checkpoint for two seconds after it looks for one, as on a file
+# system that shows other machines what it knew before. Step 7 is the best one.
+LATE = """
+import builtins, hashlib, io, os, sys, time, runpy
+from stat import S_ISDIR
 sys.path.insert(0, {repo!r})
+from phi3v.training import Phi3VTrainer
+first_look, look, open_file = {{}}, os.stat, io.open
+
+def hide(path):
+    folder, now = str(path).rpartition("/")[0], time.monotonic()
+    if "/checkpoint-" in folder and now < first_look.setdefault(folder, now) + 2:
+        raise FileNotFoundError(2, "not seen yet", path)
+
+def stat(path, *args, **options):
+    found = look(path, *args, **options)
+    if not S_ISDIR(found.st_mode):
+        hide(path)
+    return found
+
+def open_seen(path, mode="r", *args, **options):
+    if mode[0] == "r":
+        hide(path)
+    return open_file(path, mode, *args, **options)
+
 if os.environ["RANK"] == "1":
-    see = Path.glob
-    Path.glob = lambda self, pattern: [] if "checkpoint" in pattern else see(self, pattern)
+    os.stat = stat
+    io.open = builtins.open = open_seen
+
+save_model = Phi3VTrainer.save_model
+
+def tell_and_save(self, output_dir=None, **options):
+    if output_dir is None:
+        weights = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
+        print("trained weights:", hashlib.sha256(weights).hexdigest(), flush=True)
+    save_model(self, output_dir, **options)
+
+make = Phi3VTrainer.__init__
+
+def make_with_metric(self, **options):
+    best = lambda results: {{"accuracy": -abs(7 - self.state.global_step)}}
+    make(self, **options | {{"compute_metrics": best}})
+
+Phi3VTrainer.save_model = tell_and_save
+Phi3VTrainer.__init__ = make_with_metric
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-def test_the_first_rank_chooses_the_checkpoint(launcher: Launcher, flags, tmp_path):
-    """Where another rank sees an older state of a shared file system, all resume the same."""
-    script = tmp_path / "other_view.py"
-    script.write_text(OTHER_VIEW.format(repo=str(REPO), script=SCRIPT))
-    output = tmp_path / "out"
-    flags = (*flags, "--output_dir", str(output), "--deepspeed", "none", "--save_steps", "1")
-    launcher.run(*torchrun(2, SCRIPT, *flags))
-    (output / "eval_after.json").unlink()
-    said = launcher.run(*torchrun(2, script, *flags, "--resume_from_checkpoint"))
-    assert said.count(f"Resuming from {output / 'checkpoint-2'}") == 1
+def test_a_rank_that_sees_files_later(launcher: Launcher, flags, tmp_path):
+    """
+    It waits for a checkpoint to go on from, and for the best one at the end. So all ranks resume
+    the same, train the same, and end with the same weights.
+    """
+    script, output = tmp_path / "late.py", OutputFolder(tmp_path / "out")
+    script.write_text(LATE.format(repo=str(REPO), script=SCRIPT))
+    flags = (*flags, "--output_dir", str(output.path), "--use_lora", "--lora_rank", "2")
+    flags += ("--merge_lora", "--num_train_epochs", "4", "--save_steps", "1", "--eval_steps", "1")
+    flags += ("--load_best_model_at_end", "--metric_for_best_model", "accuracy")
+    flags += ("--eval_samples", "2", "--resume_from_checkpoint")
+    first = launcher.start(*torchrun(2, script, *flags))
+    while all(map(incompleteness, output.checkpoints())):
+        assert first.poll() is None, first.text()
+        time.sleep(0.01)
+    first.kill()
+    said = launcher.run(*torchrun(2, script, *flags))
+    assert said.count(f"Resuming from {output.path / 'checkpoint-'}") == 1
+    weights = re.findall("trained weights: (.*)", said)
+    assert len(weights) == 2 and len(set(weights)) == 1, said
+    assert (output.path / "merged" / "config.json").is_file()
 
 
 # The loss of the second rank alone is NaN.

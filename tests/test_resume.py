@@ -79,6 +79,10 @@ class Runs:
         [file] = (self.folder / name).glob("*model.safetensors")
         return load_file(file)
 
+    def log(self, name: str) -> list[dict]:
+        """What a run logged, from its first step on."""
+        return json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
+
     def assert_same(self, one: str, other: str) -> None:
         """Weights and answers of two runs are equal, bit for bit."""
         ours, theirs = self.weights(one), self.weights(other)
@@ -124,6 +128,29 @@ def test_killed_and_resumed_is_never_interrupted(runs, processes, kills, flags):
     kept = checkpoints_of(runs.folder / "killed")
     assert [path.name for path in kept] == ["checkpoint-6", "checkpoint-8"]
     assert not any(map(incompleteness, kept))
+
+
+@pytest.mark.parametrize("flags", [("--deepspeed", "none"), LORA[:3]], ids=["full", "lora"])
+def test_other_numbers_of_processes(runs, flags):
+    """
+    Killed, resumed with one process in place of two, killed, and resumed with two: losses and
+    weights are those of two processes all along, but for rounding.
+    """
+    flags = (*flags, "--logging_steps", "1")
+    runs.finish("whole", 2, *flags)
+    runs.kill_at("other", 4, 2, *flags)
+    runs.kill_at("other", 6, 1, *flags, "--resume_from_checkpoint")
+    output = runs.finish("other", 2, *flags, "--resume_from_checkpoint")
+    assert "Going on with 2 x 1 samples at a time in place of 1 x 1" in output
+    ours, theirs = runs.weights("other"), runs.weights("whole")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5, msg=name)
+    losses = [
+        [entry["loss"] for entry in runs.log(name) if "loss" in entry]
+        for name in ("other", "whole")
+    ]
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.long

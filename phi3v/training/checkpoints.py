@@ -11,7 +11,9 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +23,12 @@ from transformers import TrainingArguments
 from ..data.images import image_source
 from ..data.mixing import Mixture
 from ..data.records import Records
-from ..distributed import on_first_rank, print_first
-from ..errors import RunError, phase
+from ..distributed import gather, on_first_rank, print_first, world_size
+from ..errors import RunError, one_line, phase
 from .arguments import RecipeParser
 from .card import push
 from .merging import merge_adapter, merged_dtype
-from .output_folder import COMPLETE, OutputFolder, incompleteness
+from .output_folder import COMPLETE, OutputFolder, complete_files, file_system, incompleteness
 
 from peft import PeftModel
 
@@ -47,6 +49,8 @@ TRAINING_ARGUMENTS = (
     *("neftune_noise_alpha", "train_sampling_strategy"),
 )
 DATA = "training data"
+# Seconds. NFS goes by what it knows of a folder for 60 at most, if nobody has set another time.
+SEEN_AFTER = 90.0
 
 
 def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) -> str | None:
@@ -85,6 +89,7 @@ def find_checkpoint(args: argparse.Namespace, training_args: TrainingArguments) 
         raise SystemExit(0)
     if checkpoint:
         print_first(f"Resuming from {checkpoint}")
+        wait_until_seen(Path(checkpoint))
     return checkpoint
 
 
@@ -132,8 +137,9 @@ def _look(
         if record["settings"] is not None:
             check_settings(f"{folder.path} holds a run", record["settings"], settings)
         return False, None, [f"{folder.path} holds no complete checkpoint: the run starts anew"]
-    check_settings(f"{checkpoint} comes from a run", _settings_of(Path(checkpoint)), settings)
-    return False, str(checkpoint), notes
+    theirs = _settings_of(Path(checkpoint))
+    check_settings(f"{checkpoint} comes from a run", theirs, settings)
+    return False, str(checkpoint), [*notes, *_other_shares(theirs, settings)]
 
 
 def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[Path]) -> None:
@@ -148,6 +154,35 @@ def _refuse_results(args: argparse.Namespace, folder: OutputFolder, held: list[P
             "with --resume_from_checkpoint, replace it with --overwrite_output_dir, or choose "
             "another folder."
         )
+
+
+def wait_until_seen(checkpoint: Path) -> None:
+    """
+    Wait until every rank sees a checkpoint's files as the first one does. Other machines may be
+    shown an older state of a shared file system for a while.
+
+    Raises:
+        RunError: one does not see them; on every rank.
+    """
+    if world_size() == 1:
+        return
+    files = on_first_rank(lambda: complete_files(checkpoint))
+    deadline = time.monotonic() + SEEN_AFTER
+    while (problem := _unseen(checkpoint, files)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    mine = problem and f"{platform.node()} sees it on {file_system(checkpoint)}: {problem}"
+    if problems := [text for text in gather(mine) if text]:
+        raise RunError(
+            f"{checkpoint}, as {problems[0]}. The first rank sees it whole. Put --output_dir on "
+            "storage that all machines share."
+        )
+
+
+def _unseen(checkpoint: Path, files: dict[str, list] | None) -> str | None:
+    try:
+        return incompleteness(checkpoint, files)
+    except OSError as error:  # it is being replaced
+        return one_line(error)
 
 
 def run_settings(args: argparse.Namespace, training_args: TrainingArguments) -> dict[str, object]:
@@ -251,11 +286,42 @@ def check_settings(where: str, theirs: dict | None, ours: dict[str, object]) -> 
 
 
 def _differences(theirs: dict, ours: dict[str, object]) -> list[str]:
-    names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys())
+    names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys()) - {"batch_size_per_gpu"}
+    reason = _needs_processes(ours)
+    reasons = {"processes": f" ({reason})"} if reason else {}
     return [
-        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
-        for name in sorted(names)
+        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}{reasons.get(name, '')}"
+        for name in sorted(names if reason else names - {"processes"})
         if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _needs_processes(settings: dict[str, object]) -> str | None:
+    """
+    Why a run has to go on with as many processes as it had; None where it need not. With the same
+    --batch_size, the same samples make each step: they are dealt out to processes and micro-batches
+    in turn.
+    """
+    if settings["deepspeed"] is not None:
+        # DeepSpeed's own converter (0.19, ds_to_universal) makes wrong weights of ours, silently.
+        return "DeepSpeed's checkpoints have a part for each: start as many; only DDP needs not"
+    if settings["train_sampling_strategy"] not in ("random", "sequential"):
+        return "--train_sampling_strategy makes other batches for them"
+    return None
+
+
+def _other_shares(theirs: dict, ours: dict[str, object]) -> list[str]:
+    """What to say where the samples of a step are dealt out otherwise from here on."""
+    before, now = (
+        f"{each.get('processes')} x {each.get('batch_size_per_gpu')}" for each in (theirs, ours)
+    )
+    if before == now:
+        return []
+    draws = ours["use_lora"] and ours["lora_dropout"]
+    return [
+        f"Going on with {now} samples at a time in place of {before}: each step has the same "
+        "samples, added up in another order. The last step of an epoch may be filled up with "
+        f"others{', and --lora_dropout draws other numbers' if draws else ''}"
     ]
 
 

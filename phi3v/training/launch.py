@@ -158,9 +158,23 @@ def init_after_restart(on_gpu: bool) -> None:
 
     torchrun keeps the store in which ranks meet, and restarted ranks find the addresses of the ones
     before them there, and wait for those until the timeout (torch 2.14, c10d's env:// rendezvous).
-    It can go when torch puts the number of the restart into the store's prefix itself.
+    The number of the restart keeps them apart on one machine. Several machines count for
+    themselves, so one that comes back has another number: there, every restart needs a new store.
+    It can go when torch puts the number of the rendezvous into the store's prefix itself.
+
+    Raises:
+        RunError: several machines would restart their ranks, and keep the store.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    counts = ("RESTART_COUNT", "MAX_RESTARTS")
+    attempt, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in counts)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if most and os.environ["GROUP_WORLD_SIZE"] != "1":
+        raise RunError(
+            "--max_restarts on several machines: restarted ranks would wait for the ones before "
+            "them. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and start torchrun with "
+            "--rdzv_backend=c10d, see examples/slurm.sbatch; or leave --max_restarts out."
+        )
     if attempt == 0 or dist.is_initialized():
         return
     if on_gpu:

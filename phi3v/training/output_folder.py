@@ -269,11 +269,11 @@ def complete_files(checkpoint: Path) -> dict[str, list] | None:
     return files if isinstance(files, dict) else None
 
 
-def incompleteness(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be loaded; None if it is whole."""
+def incompleteness(checkpoint: Path, files: dict[str, list] | None = None) -> str | None:
+    """Why a checkpoint cannot be loaded; None if it is whole, by its list or by `files`."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    files = complete_files(checkpoint)
+    files = files or complete_files(checkpoint)
     if files is None:
         return f"it is not complete (no whole {COMPLETE} in it)"
     for name, expected in files.items():
@@ -283,6 +283,14 @@ def incompleteness(checkpoint: Path) -> str | None:
         if identity(path) != expected:
             return f"{name} is not as it was written"
     return None
+
+
+def file_system(path: Path) -> str:
+    """What a path is on, as Linux knows it: a device or a server, and the kind."""
+    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    inside = [mount for mount in mounts if path.resolve().is_relative_to(mount[1])]
+    device, _, kind = max(inside, key=lambda mount: len(mount[1]))
+    return f"{device} ({kind})"
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -33,7 +33,7 @@ from . import stopping
 from .attention import add_packed_mask
 from .by_dataset import DatasetLosses, dataset_metrics
 from .card import describe, model_card, push
-from .checkpoints import take_over
+from .checkpoints import take_over, wait_until_seen
 from .generation import generate
 from .log import Bar, LogLines
 from .merging import merge_adapter
@@ -477,7 +477,13 @@ class Phi3VTrainer(Trainer):
                 self.folder.remove_older_checkpoints(
                     name, self.flags.save_total_limit, keep=Path(best).name if best else None
                 )
+            # Or a rank that ends here would have torchrun and Slurm end the first one too early.
+            self.accelerator.wait_for_everyone()
         self.saved_step = self.state.global_step
+
+    def _load_best_model(self) -> None:
+        wait_until_seen(Path(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def merge_adapter(self) -> None:
         """Also write the model with the adapter merged into it, see `merging.py`."""
