@@ -305,5 +305,8 @@ def test_a_streamed_run_resumes_exactly(small_groups, demo_checkpoint, tmp_path)
         return load_file(tmp_path / name / "model.safetensors")
 
     whole = train("whole", "--save_total_limit", "5")
-    resumed = train("resumed", "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-6"))
+    checkpoint = str(tmp_path / "whole" / "checkpoint-6")
+    resumed = train("resumed", "--resume_from_checkpoint", checkpoint)
     assert all((whole[name] == resumed[name]).all() for name in whole)
+    with pytest.raises(RunError, match="streaming is '1 processes x 2 workers x 1', it had"):
+        train("x", "--dataloader_num_workers", "2", "--resume_from_checkpoint", checkpoint)

@@ -193,6 +193,11 @@ def run_settings(args: argparse.Namespace, training_args: TrainingArguments) -> 
     path = training_args.deepspeed
     settings["deepspeed"] = json.loads(Path(path).read_text("utf-8")) if path else None
     settings["processes"] = training_args.world_size
+    if args.streaming:  # whose order follows who reads
+        batch, workers = args.batch_size_per_gpu, training_args.dataloader_num_workers
+        settings["streaming"] = (
+            f"{training_args.world_size} processes x {workers} workers x {batch}"
+        )
     return json.loads(json.dumps(settings))
 
 
