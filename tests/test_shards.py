@@ -19,7 +19,7 @@ from phi3v.data import Mixture, Records, load_records, load_rows, prepare
 from phi3v.data.images import load_images
 from phi3v.data.shard_order import ShardOrder
 from phi3v.data.shard_rows import ShardRows
-from phi3v.errors import DataError
+from phi3v.errors import DataError, RunError
 from phi3v.training import load_processor
 from small_datasets import cauldron_row, write_parquet
 

@@ -194,10 +194,8 @@ def run_settings(args: argparse.Namespace, training_args: TrainingArguments) -> 
     settings["deepspeed"] = json.loads(Path(path).read_text("utf-8")) if path else None
     settings["processes"] = training_args.world_size
     if args.streaming:  # whose order follows who reads
-        batch, workers = args.batch_size_per_gpu, training_args.dataloader_num_workers
-        settings["streaming"] = (
-            f"{training_args.world_size} processes x {workers} workers x {batch}"
-        )
+        readers = f"{world_size()} processes x {training_args.dataloader_num_workers} workers"
+        settings["streaming"] = f"{readers} x {args.batch_size_per_gpu}"
     return json.loads(json.dumps(settings))
 
 
