@@ -35,14 +35,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import Image
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from .data.engine import run_all
 from .data.formats import load_records, to_record
-from .data.frame_folder import write_file
 from .data.images import check_images, image_source
+from .data.manifest import locked, write_file
 from .data.records import Records, report_bad
 from .data.rows import Lines
 from .data.shard_rows import ENDING, FEATURES, ORDER, VERSION
@@ -116,7 +115,7 @@ def write_shards(
     folder = Path(out_dir)
     plan = Plan(folder, split, records, seed, rows_per_shard, skip_bad, _identity(records))
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder / ".shards.lock"):
         _make_way(plan)
         numbers = range(plan.count)
         for errors in bar(run(partial(_write_shard, plan=plan), numbers), plan.count):
@@ -142,15 +141,6 @@ def _identity(records: Records) -> str:
                 record = [record["id"], record.get("answers"), turns]
             digest.update(json.dumps(record, default=str).encode())
     return f"{len(rows)} {digest.hexdigest()}"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path):
-    try:
-        with FileLock(folder / ".shards.lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunError(f"{folder}: another run is writing to it. Wait for its end.") from None
 
 
 def _make_way(plan: Plan) -> None:

@@ -135,7 +135,7 @@ def test_shards_at_once(tmp_path: Path, start, read, capsys):  # noqa: F811
     # While a shard is at work, there is room for no one else.
     for words in (["--shard", f"{hangs}/4"], ["--finish"], []):
         assert main(videos, out, *words) == 2
-        assert f"another converter is writing to {out}" in capsys.readouterr().err
+        assert f"another run is writing to {out}" in capsys.readouterr().err
     runs[hangs].process.kill()
     wait_until(lambda: not any(worker.is_running() for worker in pids))
     (out / "images/train/A" / PART.format("killed")).touch()

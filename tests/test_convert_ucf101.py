@@ -498,7 +498,7 @@ def test_stop_signals(videos: Path, tmp_path: Path, capsys, read, number: signal
     pids = run.workers()
     assert len(pids) == 2 and list((tmp_path / "tmp").iterdir())
     assert main(archive, out) == 2
-    assert f"another converter is writing to {out}" in capsys.readouterr().err
+    assert f"another run is writing to {out}" in capsys.readouterr().err
     kill = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the workers, too
     kill(run.process.pid, number)
     code, output = run.finish()

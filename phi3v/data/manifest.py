@@ -80,7 +80,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"another converter is writing to {path.parent}") from error
+            raise RunError(f"another run is writing to {path.parent}") from error
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
