@@ -291,10 +291,12 @@ def check_settings(where: str, theirs: dict | None, ours: dict[str, object]) -> 
 def _differences(theirs: dict, ours: dict[str, object]) -> list[str]:
     names = (ours.keys() | theirs.keys()) - ({DATA} - ours.keys()) - {"batch_size_per_gpu"}
     reason = _needs_processes(ours)
-    reasons = {"processes": f" ({reason})"} if reason else {}
+    if reason is None:
+        names -= {"processes"}
     return [
-        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}{reasons.get(name, '')}"
-        for name in sorted(names if reason else names - {"processes"})
+        f"{name} is {ours.get(name)!r}, it had {theirs.get(name)!r}"
+        f"{f' ({reason})' if name == 'processes' else ''}"
+        for name in sorted(names)
         if ours.get(name) != theirs.get(name)
     ]
 
@@ -307,9 +309,9 @@ def _needs_processes(settings: dict[str, object]) -> str | None:
     """
     if settings["deepspeed"] is not None:
         # DeepSpeed's own converter (0.19, ds_to_universal) makes wrong weights of ours, silently.
-        return "DeepSpeed's checkpoints have a part for each: start as many; only DDP needs not"
+        return "DeepSpeed's checkpoints have a part for each, so start as many"
     if settings["train_sampling_strategy"] not in ("random", "sequential"):
-        return "--train_sampling_strategy makes other batches for them"
+        return "--train_sampling_strategy makes other batches for another number"
     return None
 
 
@@ -320,12 +322,12 @@ def _other_shares(theirs: dict, ours: dict[str, object]) -> list[str]:
     )
     if before == now:
         return []
-    draws = ours["use_lora"] and ours["lora_dropout"]
-    return [
+    text = (
         f"Going on with {now} samples at a time in place of {before}: each step has the same "
-        "samples, added up in another order. The last step of an epoch may be filled up with "
-        f"others{', and --lora_dropout draws other numbers' if draws else ''}"
-    ]
+        "samples, added up in another order. The last step of an epoch may be filled up with others"
+    )
+    random = " and ".join(f"--{n}" for n in ("lora_dropout", "neftune_noise_alpha") if ours[n])
+    return [f"{text}, and others are the random numbers of {random}" if random else text]
 
 
 def _check_free_space(
