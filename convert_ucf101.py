@@ -17,15 +17,12 @@ gives
 For a dataset of your own, edit find_videos and to_record: which videos there are, and what the
 model is asked and answers.
 
-On many machines, which all see out_dir and the videos below the same paths,
+On many machines, which all see out_dir and the videos below the same paths:
 
-    python convert_ucf101.py ... --ray auto      by a Ray cluster (pip install ray)
-    python convert_ucf101.py ... --shard i/n     by n jobs, i = 0..n-1, however they are started:
-                                                 --shard $SLURM_ARRAY_TASK_ID/4 in a Slurm array,
-                                                 $JOB_COMPLETION_INDEX/4 in an indexed Job
-    python convert_ucf101.py ... --finish        when all n are done
-
-give the same bytes as one machine. See examples/convert.sbatch.
+    ... --ray auto     by a Ray cluster (pip install ray)
+    ... --shard i/n    by n jobs, i = 0..n-1: $SLURM_ARRAY_TASK_ID/n in a Slurm array, as in
+                       examples/convert.sbatch, $JOB_COMPLETION_INDEX/n in an indexed Job,
+    ... --finish       and then this, once. Either way gives the bytes of one machine.
 
 Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95.
 Ids      <split>-<the video's place among all, by split, class, name>. One that fails keeps its own.
@@ -34,11 +31,10 @@ Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of 
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
          changed since are made anew. There is no ucf101_*.jsonl before all is done.
          A run that was killed leaves what it extracted in --tmp_dir.
-Ray      The address is auto, host:6379 or ray://host:10001; without one, the cluster at hand or a
-         local one. A video whose node goes away is done on another. Of an archive or the hub's,
-         --tmp_dir has to be shared, too.
-Shards   Each extracts the whole archive. One that was killed is started again. Exit code 0 also
-         where videos failed: they are listed, and count, with --finish, which reads no video.
+Ray      --ray auto, host:6379 or ray://host:10001; without an address, the cluster at hand or a
+         local one. With an archive, also the hub's, --tmp_dir has to be shared, too.
+Shards   A killed one is started again. What failed is listed, and counts for the exit code, with
+         --finish; it reads no video. With an archive, every shard extracts all of it.
 Refused  An out_dir with images or jsonl that this script did not write, or that an older version
          without converted.jsonl wrote (delete it). Files that point to others, such as playlists.
 
@@ -156,7 +152,7 @@ def convert(args: argparse.Namespace) -> int:
     if args.shard:
         done = sum(map(len, records.values()))
         print(f"shard {args.shard}: {done} videos, {len(videos) - done} failed. Next: --finish")
-        return 0
+        return 0  # or it would be started again in vain
     for split, each in records.items():
         failed = sum(video.split == split for video in videos) - len(each)
         print(f"{split}: {len(each)} videos, {failed} failed -> ", end="")

@@ -1,5 +1,7 @@
 """The converter on many machines: shards, and a Ray cluster."""
 
+import errno
+import fcntl
 import importlib.util
 import os
 import random
@@ -239,6 +241,17 @@ def test_strict_shards(tmp_path: Path, capsys):
     assert len(list(out.glob("ucf101_*"))) == 1
 
 
+def test_storage_without_locks(tmp_path: Path, monkeypatch, capsys):
+    """As some cluster storage is mounted: it works, with a warning."""
+
+    def flock(file, operation) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(make_videos(tmp_path / "videos", "A_1"), tmp_path / "out", "--shard", "0/1") == 0
+    assert f"warning: no locks in {tmp_path}/out: start nothing twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["4/4", "1/0", "-1/4", "1", "a/b", "1/4/2", ""])
 def test_bad_shard(tmp_path: Path, capsys, text: str):
     with pytest.raises(SystemExit) as stopped:
@@ -456,6 +469,17 @@ def test_ray_without_shared_storage(tmp_path: Path, cluster, shipped, log, start
     assert code == 2 and output.startswith(f"{start_of_line}{tmp_path}/elsewhere: "), output
     assert output.count("\n") == 1
     assert not (out / "images").exists() and log() == []
+
+
+@needs_ray
+@pytest.mark.long
+def test_ray_with_the_whole_package(tmp_path: Path, cluster, start):
+    """As `shipped`, but with what the nodes get in earnest."""
+    videos, out = make_videos(tmp_path / "videos", "A_1", "A_2", "B_3"), tmp_path / "out"
+    code, output = start(flags(videos, out, "--ray", cluster.address)).finish(SECONDS)
+    assert code == 0, output
+    assert main(videos, tmp_path / "one") == 0
+    assert tree(out) == tree(tmp_path / "one")
 
 
 @needs_ray
