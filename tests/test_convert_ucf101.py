@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -23,6 +24,7 @@ from PIL import Image
 
 import convert_ucf101 as converter
 from phi3v.data import frame_folder, video
+from phi3v.data.sampling import Sampling, Times
 
 SCRIPT = Path(converter.__file__).resolve()
 H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -60,7 +62,7 @@ def level(pixels: np.ndarray) -> int:
 
 def picked(path: Path, num_frames: int = 8) -> list[int]:
     """Which frames of a video `read_frames` returns."""
-    frames, _ = video.read_frames(path, num_frames)
+    frames, _ = video.read_frames(path, Sampling(num_frames))
     return [level(frame.to_ndarray(format="rgb24")) for frame in frames]
 
 
@@ -113,13 +115,13 @@ def read(tmp_path: Path, monkeypatch) -> Callable[[], list[str]]:
     """
     log, read_frames = tmp_path / "read.log", frame_folder.read_frames
 
-    def look(path: Path, num_frames: int):
+    def look(path: Path, sampling: Sampling):
         with log.open("a") as file:
             print(path.stem, file=file)
         if "dies" in path.stem:
             os._exit(9)
         time.sleep(60 * ("hangs" in path.stem) + 0.3 * ("late" in path.stem))
-        return read_frames(path, num_frames)
+        return read_frames(path, sampling)
 
     def names() -> list[str]:
         text = log.read_text() if log.exists() else ""
@@ -275,7 +277,8 @@ def test_packets_lie(tmp_path: Path):
         for packet in packets[1:]:  # frames 1 to 11 need the keyframe that is gone
             packet.stream = stream
             new.mux(packet)
-    assert video.guess_count(tmp_path / "v.mkv") == 39
+    _, guesses = video.survey(tmp_path / "v.mkv")
+    assert [len(times.ticks) for times in guesses] == [37, 38, 39, 40, 41]
     assert picked(tmp_path / "v.mkv") == [12 + i * 28 // 8 for i in range(8)]
 
 
@@ -285,7 +288,8 @@ def test_result_does_not_depend_on_the_guess(tmp_path: Path, monkeypatch, guess:
     path = write_video(tmp_path / "v.mp4", 20, H264, b_frames=2)
     decode, calls = video.decode, []
     monkeypatch.setattr(video, "decode", lambda *args: calls.append(args) or decode(*args))
-    monkeypatch.setattr(video, "guess_count", lambda path: guess)
+    near = [Times(range(guess + i), Fraction(1, 25)) for i in range(-2, 3)]
+    monkeypatch.setattr(video, "survey", lambda path: (None, near))
     assert picked(path) == [0, 2, 5, 7, 10, 12, 15, 17]
     assert len(calls) == (1 if 18 <= guess <= 22 else 2)
 
@@ -294,7 +298,7 @@ def test_huge_frames(tmp_path: Path, monkeypatch):
     """Frames that would fill the memory are not decoded."""
     monkeypatch.setattr(video, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="its frames of 64 x 48 are larger than 8K"):
-        video.read_frames(write_video(tmp_path / "v.avi"), 8)
+        video.read_frames(write_video(tmp_path / "v.avi"), Sampling())
 
 
 # ---- Bad videos ----
@@ -352,7 +356,7 @@ def test_bad_videos(videos: Path, tmp_path: Path, capsys):
         "failed: train/A/folder.avi": "not a regular file",
         "failed: train/A/gif.mp4": "its format is none of asf,avi,",
         "failed: train/A/half_mp4.mp4": "Invalid data",
-        f"failed: train/A/{'long' * 62}abc.avi": "File name too long",
+        f"failed: train/A/{'long' * 62}abc.avi": "its name is too long",
         "failed: train/A/nowhere.avi": "not a regular file",
         "failed: train/A/pipe.avi": "not a regular file",
         "failed: train/A/sparse.avi": "larger than --max_video_gb 1",

@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
+from phi3v.data.sampling import Sampling
 from phi3v.data.video import MADE_BY, read_frames, reason, to_jpeg
 from phi3v.errors import RunError
 
@@ -31,9 +32,9 @@ class Video(NamedTuple):
     label: str  # its class
     path: Path
 
-    def images(self, num_frames: int) -> list[str]:
-        """Paths of its frames, relative to images/."""
-        return [f"{self.name}.{i}.jpg" for i in range(num_frames)]
+    def images(self, count: int) -> list[str]:
+        """Paths of its first frames, relative to images/."""
+        return [f"{self.name}.{i}.jpg" for i in range(count)]
 
 
 def file_digest(path: Path) -> str:
@@ -58,36 +59,40 @@ def write_file(path: Path, data: bytes) -> None:
         raise RunError(f"{why}. When that is solved, the same command continues.") from error
 
 
-def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb: int) -> dict:
+def convert_video(video: Video, old: dict, folder: Path, sampling: Sampling, max_gb: int) -> dict:
     """
-    Write the frames of one video, unless they are all there already.
+    Write the frames of one video that `sampling` chooses, unless they are all there already.
 
     Returns its line of the manifest, or {"error": why there is none}. `old` is its line until now.
 
     Raises:
         RunError: an image cannot be written. All other errors cost this video only.
     """
-    names = [f"images/{name}" for name in video.images(num_frames)]
     try:
         if any("\ud800" <= letter <= "\udfff" for letter in video.name):
             raise ValueError("its name is not UTF-8, as jsonl is: rename it")
+        if len(f"{video.path.stem}.999.jpg.part".encode()) > 255:
+            raise ValueError("its name is too long for those of its images")
         if not video.path.is_file():  # a pipe may have no end
             raise ValueError("not a regular file")
         if video.path.stat().st_size > max_gb << 30:
             raise ValueError(f"larger than --max_video_gb {max_gb}")
+        names = old.get("files", {})
         found = {n: file_digest(folder / n) for n in names if (folder / n).is_file()}
         # Before the decoding: a video that changes meanwhile is not taken for done next time.
         line = {"name": video.name, "video": file_digest(video.path), "made_by": MADE_BY}
-        if line.items() <= old.items() and found.keys() == set(names) and found == old["files"]:
+        line["frames"] = str(sampling)
+        if line.items() <= old.items() and found == old["files"]:
             return old
-        frames, warning = read_frames(video.path, num_frames)
+        frames, warning = read_frames(video.path, sampling)
         images = [to_jpeg(frame) for frame in frames]
     except Exception as error:  # a decoder may raise anything
         return {"error": reason(error)}
-    for name, image in zip(names, images, strict=True):
-        write_file(folder / name, image)
-    digests = [hashlib.sha256(image).hexdigest() for image in images]
-    return {**line, "warning": warning, "files": dict(zip(names, digests, strict=True))}
+    files = {}
+    for name, image in zip(video.images(len(images)), images, strict=True):
+        write_file(folder / "images" / name, image)
+        files[f"images/{name}"] = hashlib.sha256(image).hexdigest()
+    return {**line, "warning": warning, "files": files}
 
 
 # ---- All videos ----
@@ -188,7 +193,7 @@ class FrameFolder:
         self.lock.release()
 
     def convert(
-        self, videos: list[Video], num_frames: int, num_workers: int, max_gb: int
+        self, videos: list[Video], sampling: Sampling, num_workers: int, max_gb: int
     ) -> Iterator[tuple[Video, dict]]:
         """
         Write the frames of all videos; yields each, in order, with what `convert_video` returns.
@@ -198,7 +203,7 @@ class FrameFolder:
         """
         done = {line["name"]: line for line in self.old}
         old = [done.get(video.name, {}) for video in videos]
-        work = partial(convert_video, folder=self.folder, num_frames=num_frames, max_gb=max_gb)
+        work = partial(convert_video, folder=self.folder, sampling=sampling, max_gb=max_gb)
         lines = run_all(work, num_workers, videos, old)
         with self.manifest.open("a") as file, closing(lines):
             file.write("\n")  # ends a line that a killed run has begun
