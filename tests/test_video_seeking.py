@@ -1,0 +1,219 @@
+"""Videos of which only a part is decoded: the frames and warnings of decoding all."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phi3v.data import seeking, video
+from phi3v.data.sampling import Sampling
+
+MISSING = {"libx264", "libx265", "libvpx", "libvpx-vp9", "libsvtav1"} - av.codecs_available
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"PyAV without {MISSING}")
+
+# One thread each: these start many, and the videos are small.
+OPTIONS = {
+    "libx264": {"preset": "fast", "threads": "1"},
+    "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=none:frame-threads=1"},
+    "libvpx": {"cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    "libvpx-vp9": {"cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "16"},
+    "libsvtav1": {"preset": "12", "svtav1-params": "lp=1"},
+}
+MILLISECOND = Fraction(1, 1000)
+EIGHT = Sampling()
+
+
+def write(
+    path: Path,
+    num_frames: int = 70,
+    codec: str = "libx264",
+    gop: int = 12,
+    stamps: list[int] | None = None,
+    seed: int = 0,
+    **options: str,
+) -> Path:
+    """A picture of random squares that moves: no two frames are alike. `stamps` are in ms."""
+    rng = np.random.default_rng(seed)
+    picture = np.kron(rng.integers(0, 256, (12, 16, 3), np.uint8), np.ones((4, 4, 1), np.uint8))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=OPTIONS.get(codec, {}) | options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 1
+        if codec in ("mpeg4", "mpeg2video"):
+            stream.bit_rate, stream.codec_context.max_b_frames = 400_000, 2
+        if stamps:
+            stream.codec_context.time_base = MILLISECOND
+        for i in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, (i, 2 * i), (0, 1)))
+            if stamps:
+                frame.pts, frame.time_base = stamps[i], MILLISECOND
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def remux(
+    source: Path, path: Path, change: Callable[[list], None] = lambda packets: None, **options: str
+) -> Path:
+    """The packets of a video in another file, changed in between."""
+    with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(old.streams.video[0]) if packet.size]
+        change(packets)
+        for packet in packets:
+            packet.stream = stream
+            new.mux(packet)
+    return path
+
+
+def both_ways(path: Path, sampling: Sampling = EIGHT) -> bool:
+    """
+    Compares the frames and warnings of a video with those of decoding all of it, to the bit; these
+    may be errors. Returns whether only a part was decoded.
+    """
+
+    def read():
+        try:
+            frames, warning = video.read_frames(path, sampling)
+        except (ValueError, av.FFmpegError) as error:
+            return repr(error)
+        return [frame.to_ndarray().tobytes() for frame in frames], warning
+
+    sought = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeking, "WORTH", 10)  # however little is saved
+        seek = video.seek
+        patch.setattr(video, "seek", lambda *args: sought.append(seek(*args)) or sought[-1])
+        partly = read()
+        patch.setattr(video, "seek", lambda *args: None)
+        assert partly == read()
+    return bool(sought and sought[0])
+
+
+def index_of(path: Path) -> seeking.Index:
+    with video.open_video(path) as opened:
+        return seeking.read_index(*opened)
+
+
+# ---- Sound videos ----
+
+SOUND = {
+    "H.264.mp4": {},
+    "H.264.mkv": {},
+    "no B-frames.mp4": {"bf": "0"},
+    "one key frame.mp4": {"gop": 1000},
+    "all key frames.mp4": {"gop": 1},
+    "open GOP.mp4": {"x264-params": "open-gop=1:bframes=3:b-adapt=0"},
+    "open GOP.mkv": {"x264-params": "open-gop=1:bframes=3:b-adapt=0"},
+    "slices.mp4": {"x264-params": "slices=4"},
+    "in-band parameters.mkv": {"x264-params": "repeat-headers=1"},
+    "gradual refresh.mp4": {"x264-params": "intra-refresh=1"},
+    "late start.mkv": {"stamps": [5000 + 40 * i for i in range(70)]},
+    "late start.mp4": {"stamps": [5000 + 40 * i for i in range(70)]},
+    "variable rate.mp4": {"stamps": [i * i + 20 * i for i in range(70)]},
+    "variable rate.mkv": {"stamps": [i * i + 20 * i for i in range(70)]},
+    "HEVC.mp4": {"codec": "libx265"},
+    "HEVC.mkv": {"codec": "libx265"},
+    "VP9.webm": {"codec": "libvpx-vp9"},
+    "VP9.mp4": {"codec": "libvpx-vp9"},
+    "AV1.mp4": {"codec": "libsvtav1"},
+    "AV1.mkv": {"codec": "libsvtav1"},
+}
+SAMPLINGS = [EIGHT, Sampling(21), Sampling(fps=Fraction(7)), Sampling(8, Fraction(9, 2), 5)]
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_videos(tmp_path: Path, name: str):
+    """Decoded in part, whatever the codec's way to order frames and to refer to others."""
+    path = write(tmp_path / name, **SOUND[name])
+    for sampling in SAMPLINGS:
+        assert both_ways(path, sampling)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    num_frames=st.integers(6, 90),
+    gop=st.integers(1, 40),
+    b_frames=st.integers(0, 4),
+    codec=st.sampled_from(["libx264", "libx265"]),
+    more=st.sampled_from(["open-gop=1", "open-gop=0", "b-adapt=2", "scenecut=0:ref=4"]),
+    suffix=st.sampled_from(["mp4", "mkv", "mov"]),
+    stamps=st.lists(st.integers(1, 200), min_size=90, max_size=90),
+    sampling=st.sampled_from(SAMPLINGS),
+)
+def test_any_structure(
+    tmp_path_factory, num_frames, gop, b_frames, codec, more, suffix, stamps, sampling
+):
+    """GOPs of all lengths, closed and open, with B-frames in every depth and any frame rate."""
+    key = f"{codec[3:]}-params"
+    params = f"{more}:bframes={b_frames}:min-keyint=1:{OPTIONS[codec].get(key, '')}"
+    path = tmp_path_factory.mktemp("any") / f"v.{suffix}"
+    times = np.cumsum(stamps).tolist()
+    write(path, num_frames, codec, gop, times, **{key: params.rstrip(":")})
+    repeats = sampling.fps is None and num_frames < sampling.num_frames
+    assert both_ways(path, sampling) != repeats
+
+
+def test_leading_frames_of_an_open_gop(tmp_path: Path):
+    """Frames that are decoded after a key frame and shown before it are those of the GOP before."""
+    params = OPTIONS["libx265"]["x265-params"] + ":open-gop=1:bframes=3:b-adapt=0"
+    path = write(tmp_path / "v.mkv", codec="libx265", **{"x265-params": params})
+    index = index_of(path)
+    leading = [
+        number
+        for start, packet in zip(index.starts, index.packets, strict=True)
+        for number in range(packet, start)
+    ]
+    assert len(leading) > 4
+    numbers = iter(leading)
+    for number in numbers:
+        choose = lambda self, times, number=number: [number]  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sampling, "choose", choose)
+            assert both_ways(path)
+
+
+def test_h264_starts_at_idr_frames_only(tmp_path: Path):
+    """An open GOP's key frame of H.264 does not reset the decoder: not all of it is told there."""
+    params = {"x264-params": "open-gop=1:bframes=3:b-adapt=0"}
+    path = write(tmp_path / "v.mp4", **params)
+    with av.open(str(path)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 3
+    assert index_of(path).starts == [0]
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_what_is_decoded(tmp_path: Path, monkeypatch, name: str):
+    """One frame of each GOP, if 8 of 16 GOPs are hit at their start, not all 400 packets."""
+    path = write(tmp_path / name, 400, gop=25, **{"x264-params": "scenecut=0"})
+
+    class Counting:
+        options, count = {}, 0
+
+        def __init__(self, codec):
+            self.codec = codec
+
+        def __getattr__(self, name):
+            return getattr(self.codec, name)
+
+        def decode(self, packet):
+            self.count += 1
+            return self.codec.decode(packet)
+
+    index = index_of(path)
+    assert index.starts == list(range(0, 400, 25))
+    assert index.saves([0, 50, 350]) and not index.saves([*range(20, 400, 25)])
+    with video.open_video(path) as (container, stream):
+        codec = Counting(stream.codec_context)
+        opened = SimpleNamespace(demux=lambda _: container.demux(stream))
+        counted = SimpleNamespace(codec_context=codec)
+        found = seeking.decode_wanted(opened, counted, index, [0, 50, 350])
+    assert len(found) == 3
+    assert 3 <= codec.count < 30
