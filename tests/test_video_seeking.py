@@ -1,5 +1,6 @@
 """Videos of which only a part is decoded: the frames and warnings of decoding all."""
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -63,11 +64,15 @@ def remux(
     source: Path, path: Path, change: Callable[[list], None] = lambda packets: None, **options: str
 ) -> Path:
     """The packets of a video in another file, changed in between."""
+    if path.suffix == ".mkv":
+        options["avoid_negative_ts"] = "disabled"
     with av.open(str(source)) as old, av.open(str(path), "w", options=options) as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
+        stream = new.add_stream_from_template(old.streams.video[0], opaque=True)
         packets = [packet for packet in old.demux(old.streams.video[0]) if packet.size]
         change(packets)
-        for packet in packets:
+        for i, packet in enumerate(packets):
+            if path.suffix == ".mkv":  # which has no dts: so these allow any pts
+                packet.dts = i - 1_000_000
             packet.stream = stream
             new.mux(packet)
     return path
@@ -217,3 +222,154 @@ def test_what_is_decoded(tmp_path: Path, monkeypatch, name: str):
         found = seeking.decode_wanted(opened, counted, index, [0, 50, 350])
     assert len(found) == 3
     assert 3 <= codec.count < 30
+
+
+# ---- Videos that leave a doubt ----
+
+
+def change_bytes(path: Path, number: int, change: Callable[[bytearray], None]) -> Path:
+    """Change the bytes of a packet where they lie in the file."""
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][number]
+        place = slice(packet.pos, packet.pos + packet.size)
+    data = bytearray(path.read_bytes())
+    part = data[place]
+    change(part)
+    data[place] = part
+    path.write_bytes(data)
+    return path
+
+
+def spoil(part: bytearray) -> None:
+    """The picture of a packet, not its first headers."""
+    part[6:] = bytes(byte ^ 0xFF for byte in part[6:])
+
+
+def cut(path: Path, share: float) -> Path:
+    os.truncate(path, int(share * path.stat().st_size))
+    return path
+
+
+def swap_stamps(packets: list) -> None:
+    packets[5].pts, packets[6].pts = packets[6].pts, packets[5].pts
+
+
+def shift_stamps(by: int) -> Callable[[list], None]:
+    """Of the second half, by as many frames."""
+
+    def shift(packets: list) -> None:
+        for packet in packets[35:]:
+            packet.pts -= int(by * packet.duration)
+
+    return shift
+
+
+def cut_start(packets: list) -> None:
+    """As an editor cuts a video without encoding it: what comes before is there, but not shown."""
+    for packet in packets:
+        packet.pts -= 10 * packet.duration
+        packet.dts -= 10 * packet.duration
+
+
+def add_empty_unit(packets: list) -> None:
+    packets[4:4] = [av.Packet(b"\x12\x00")]  # AV1's mark that a frame begins, without a frame
+    packets[4].pts = packets[4].dts = packets[3].pts + 10
+    packets[4].time_base = packets[3].time_base
+
+
+def empty_sample(path: Path) -> Path:
+    """An mp4 that says of frame 20 that it has no bytes."""
+    data = path.read_bytes()
+    entry = data.index(b"stsz") + 16 + 4 * 20
+    path.write_bytes(data[:entry] + bytes(4) + data[entry + 4 :])
+    return path
+
+
+def two_in_one(folder: Path, codec: str, suffix: str) -> Path:
+    """Two videos of different parameters one after the other, each with its own in the stream."""
+    parts = [
+        write(folder / "1.ts", codec=codec, **{"refs": "1", "bf": "0"}),
+        write(folder / "2.ts", codec=codec, seed=1, **{"refs": "4", "bf": "0"}),
+    ]
+    opened = [av.open(str(part)) for part in parts]
+    with av.open(str(folder / f"v.{suffix}"), "w") as new:
+        stream = new.add_stream_from_template(opened[0].streams.video[0])
+        for i, container in enumerate(opened):
+            for packet in container.demux(video=0):
+                if packet.size:
+                    packet.pts, packet.dts = packet.pts + i * 270_000, packet.dts + i * 270_000
+                    packet.stream = stream
+                    new.mux(packet)
+            container.close()
+    return folder / f"v.{suffix}"
+
+
+NO_B = {"bf": "0"}
+HEVC, VP9, AV1 = ({"codec": codec} for codec in ("libx265", "libvpx-vp9", "libsvtav1"))
+DOUBTFUL: dict[str, Callable[[Path], Path]] = {
+    "MPEG-4 in avi": lambda f: write(f / "v.avi", codec="mpeg4"),
+    "MPEG-4 in mp4": lambda f: write(f / "v.mp4", codec="mpeg4"),
+    "MPEG-2": lambda f: write(f / "v.mpg", codec="mpeg2video"),
+    "ts": lambda f: write(f / "v.ts"),
+    "flv": lambda f: write(f / "v.flv"),
+    "VP8, with hidden frames": lambda f: write(f / "v.webm", codec="libvpx"),
+    "interlaced": lambda f: write(f / "v.mp4", flags="+ilme+ildct"),
+    "decoded packet damaged": lambda f: change_bytes(write(f / "v.mp4", **NO_B), 4, spoil),
+    "decoded packet damaged, HEVC": lambda f: change_bytes(write(f / "v.mp4", **HEVC), 4, spoil),
+    "decoded packet damaged, VP9": lambda f: change_bytes(write(f / "v.mp4", **VP9), 4, spoil),
+    "decoded packet damaged, AV1": lambda f: change_bytes(write(f / "v.mp4", **AV1), 1, spoil),
+    "other packet empty": lambda f: change_bytes(
+        write(f / "v.mp4", **NO_B), 10, lambda part: part.__setitem__(slice(None), bytes(len(part)))
+    ),
+    "cut off mp4": lambda f: cut(remux(write(f / "a.mp4"), f / "v.mp4", movflags="faststart"), 0.7),
+    "mp4 without index": lambda f: cut(write(f / "v.mp4"), 0.7),
+    "stamps swapped": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", swap_stamps),
+    "stamps twice": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", shift_stamps(10)),
+    "stamps fall": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", shift_stamps(20.5)),
+    "edit list": lambda f: remux(write(f / "a.mp4"), f / "v.mp4", cut_start),
+    "starts late": lambda f: remux(write(f / "a.mp4"), f / "v.mkv", lambda all: all.pop(0)),
+    "packet of no frame": lambda f: remux(write(f / "a.mp4", **AV1), f / "v.mp4", add_empty_unit),
+    "packet of no bytes": lambda f: empty_sample(write(f / "v.mp4")),
+    "two in one, H.264": lambda f: two_in_one(f, "libx264", "mkv"),
+    "two in one, HEVC": lambda f: two_in_one(f, "libx265", "mkv"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_doubtful_videos(tmp_path: Path, name: str):
+    """All is decoded where packets do not tell which frames there are, or a frame is damaged."""
+    path = DOUBTFUL[name](tmp_path)
+    for sampling in SAMPLINGS:
+        assert not both_ways(path, sampling)
+
+
+def hide_cues(path: Path) -> Path:
+    """An mkv whose index cannot be found."""
+    path.write_bytes(path.read_bytes().replace(b"\x1c\x53\xbb\x6b", b"\x1c\x53\xbb\x6c"))
+    return path
+
+
+@pytest.mark.parametrize("change", [hide_cues, lambda path: cut(path, 0.7)], ids=["index", "end"])
+def test_mkv_without_index(tmp_path: Path, change: Callable[[Path], Path]):
+    """The file's own index is not used; one that ends early is warned of."""
+    path = write(tmp_path / "v.mkv", 200)
+    whole, size = len(index_of(path).stamps), path.stat().st_size
+    change(path)
+    assert both_ways(path)
+    _, warning = video.read_frames(path, EIGHT)
+    assert ("cut off" in warning) == (path.stat().st_size < size)
+    assert (len(index_of(path).stamps) < whole) == (path.stat().st_size < size)
+
+
+def test_damage_that_is_not_decoded(tmp_path: Path):
+    """The frames are those of the sound video, and there is no warning: nobody looked there."""
+    path = write(tmp_path / "v.mp4", 400, gop=50)
+    frames, _ = video.read_frames(path, EIGHT)
+    change_bytes(path, 45, spoil)
+    again, warning = video.read_frames(path, EIGHT)
+    for one, other in zip(frames, again, strict=True):
+        assert np.array_equal(one.to_ndarray(), other.to_ndarray())
+    assert warning == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "seek", lambda *args: None)
+        assert "damaged" in video.read_frames(path, EIGHT)[1]
