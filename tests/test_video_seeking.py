@@ -117,7 +117,7 @@ SOUND = {
     "all key frames.mp4": {"gop": 1},
     "open GOP.mp4": {"x264-params": "open-gop=1:bframes=3:b-adapt=0"},
     "open GOP.mkv": {"x264-params": "open-gop=1:bframes=3:b-adapt=0"},
-    "slices.mp4": {"x264-params": "slices=4"},
+    "slices.mp4": {"x264-params": "slices=4:aud=1"},
     "in-band parameters.mkv": {"x264-params": "repeat-headers=1"},
     "gradual refresh.mp4": {"x264-params": "intra-refresh=1"},
     "late start.mkv": {"stamps": [5000 + 40 * i for i in range(70)]},

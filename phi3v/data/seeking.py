@@ -65,12 +65,12 @@ NAL_UNITS = {
 }
 
 
-def split_units(data: memoryview, length_size: int) -> Iterator[memoryview]:
+def split_units(data: memoryview, length_size: int, shortest: int) -> Iterator[memoryview]:
     """The NAL units of a packet; each stands behind its length."""
     while data:
         length = int.from_bytes(data[:length_size], "big")
         unit, data = data[length_size : length_size + length], data[length_size + length :]
-        if len(unit) < max(length, 3):  # cut off, or empty
+        if len(unit) < max(length, shortest):
             raise NotSure
         yield unit
 
@@ -94,7 +94,7 @@ class StartFinder:
         if self.kinds is None:
             return packet.is_keyframe
         pictures, start, parameters = 0, False, b""
-        for unit in split_units(memoryview(packet), self.length_size):
+        for unit in split_units(memoryview(packet), self.length_size, self.kinds.header + 1):
             kind = unit[0] >> self.kinds.shift & self.kinds.mask
             if kind in self.kinds.slices:
                 pictures += unit[self.kinds.header] >> 7
@@ -107,7 +107,7 @@ class StartFinder:
             self.parameters = parameters
         if pictures != 1 or parameters != (self.parameters if start else b""):
             raise NotSure
-        return start and packet.is_keyframe
+        return start
 
 
 def read_index(container: av.container.InputContainer, stream: av.VideoStream) -> Index:
