@@ -245,6 +245,11 @@ def spoil(part: bytearray) -> None:
     part[6:] = bytes(byte ^ 0xFF for byte in part[6:])
 
 
+def misplace(part: bytearray) -> None:
+    """Another place in the order of display, in the header of a slice of HEVC."""
+    part[7] ^= 0xFF
+
+
 def cut(path: Path, share: float) -> Path:
     os.truncate(path, int(share * path.stat().st_size))
     return path
@@ -304,7 +309,7 @@ def two_in_one(folder: Path, codec: str, suffix: str) -> Path:
     return folder / f"v.{suffix}"
 
 
-NO_B = {"bf": "0"}
+NO_B = {"bf": "0"}  # With B-frames, x264 writes other bits each time in so small a video.
 HEVC, VP9, AV1 = ({"codec": codec} for codec in ("libx265", "libvpx-vp9", "libsvtav1"))
 DOUBTFUL: dict[str, Callable[[Path], Path]] = {
     "MPEG-4 in avi": lambda f: write(f / "v.avi", codec="mpeg4"),
@@ -318,6 +323,7 @@ DOUBTFUL: dict[str, Callable[[Path], Path]] = {
     "decoded packet damaged, HEVC": lambda f: change_bytes(write(f / "v.mp4", **HEVC), 4, spoil),
     "decoded packet damaged, VP9": lambda f: change_bytes(write(f / "v.mp4", **VP9), 4, spoil),
     "decoded packet damaged, AV1": lambda f: change_bytes(write(f / "v.mp4", **AV1), 1, spoil),
+    "leading frame damaged, HEVC": lambda f: change_bytes(write(f / "v.mp4", **HEVC), 22, misplace),
     "other packet empty": lambda f: change_bytes(
         write(f / "v.mp4", **NO_B), 10, lambda part: part.__setitem__(slice(None), bytes(len(part)))
     ),
@@ -363,7 +369,7 @@ def test_mkv_without_index(tmp_path: Path, change: Callable[[Path], Path]):
 
 def test_damage_that_is_not_decoded(tmp_path: Path):
     """The frames are those of the sound video, and there is no warning: nobody looked there."""
-    path = write(tmp_path / "v.mp4", 400, gop=50)
+    path = write(tmp_path / "v.mp4", 400, gop=50, **NO_B)
     frames, _ = video.read_frames(path, EIGHT)
     change_bytes(path, 45, spoil)
     again, warning = video.read_frames(path, EIGHT)
