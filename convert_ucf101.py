@@ -24,8 +24,8 @@ Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPE
          With --fps F, those on the screen 0, 1/F, 2/F, ... seconds after the first one, by their
          time stamps (without such, by the average rate), until the last one comes; none twice.
          Where they are more than --max_frames, that many of them, evenly spaced.
-         At --num_crops 4 the model takes 781 tokens or fewer for each, so 8 need a --max_length of
-         some 6,500, and 32 of 25,000.
+         An image is up to 781 tokens at --num_crops 4, so 8 are 6,248 and 32 are 24,992. The model
+         takes 131,072; what a GPU can train on is less, and the recipe's --plan tells it.
 Long     Of mp4, mov, mkv and webm in H.264, HEVC, VP9 or AV1, only what leads from a key frame to
          a wanted frame is decoded, if that saves a quarter. The frames are the same; but what is
          damaged in between is then not noticed. All is decoded where anything does not fit.
@@ -33,7 +33,8 @@ Ids      <split>-<the video's place among all, by split, class, name>. One that 
 Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of fewer than 8 frames,
          which then repeat. ignored: no video. --strict stops at the first of these.
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
-         changed since are made anew. There is no ucf101_*.jsonl before all is done.
+         changed since, or are of other flags, are made anew. There is no ucf101_*.jsonl before all
+         is done.
          A run that was killed leaves what it extracted in --tmp_dir.
 Refused  An out_dir with images or jsonl that this script did not write, or that an older version
          without converted.jsonl wrote (delete it). Files that point to others, such as playlists.
@@ -105,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     frames = parser.add_mutually_exclusive_group()
     frames.add_argument("--num_frames", type=count, default=8, help="of each video (default: 8)")
     frames.add_argument("--fps", type=rate, help="frames a second instead: 1, 0.5, 1/10, ...")
-    add("--max_frames", type=count, help="of a video with --fps (default: 32)")
+    add("--max_frames", type=count, help="of a video, with --fps (default: 32)")
     add("--num_workers", type=count, default=os.cpu_count(), help="default: all CPUs")
     add("--max_video_gb", type=count, default=1, help="larger videos fail (default: 1)")
     add("--strict", action="store_true", help="stop at the first bad file")

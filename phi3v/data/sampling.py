@@ -48,8 +48,10 @@ class Sampling(NamedTuple):
         return [shown[i * len(shown) // number] for i in range(number)] if shown else []
 
     def _on_screen(self, times: Times) -> list[int]:
-        """Frame i is on the screen from its time until that of the next, and is taken if a whole
-        number of 1 / fps lies there. Integers: a float may be a frame off."""
+        """
+        Frames that are shown at a multiple of 1 / fps: frame i from its time until that of the
+        next. In integers, since a float may be a frame off.
+        """
         scale = times.unit * self.fps
         first, last = times.ticks[0], times.ticks[-1]
         due = [-((first - tick) * scale.numerator // scale.denominator) for tick in times.ticks]

@@ -1,7 +1,7 @@
 """
 Some frames of a video, without decoding all of it.
 
-All packets are read, which costs 1 % of decoding them, and those from the key frame before a wanted
+All packets are read, which costs 1 to 2 % of decoding them, and those from the key frame before a wanted
 frame up to it are decoded. So neither an index of the file is believed nor a seek. Which frames
 there are is known from the packets, if they leave no doubt: `NotSure` means to decode all.
 """
@@ -45,7 +45,7 @@ class Index(NamedTuple):
 
 
 class NalUnits(NamedTuple):
-    """The types of NAL units of H.264 or HEVC."""
+    """NAL units of H.264 or HEVC: table 7-1 of either standard, and ISO 14496-15 for mp4."""
 
     shift: int  # of the type, in the first byte
     mask: int
@@ -58,9 +58,25 @@ class NalUnits(NamedTuple):
 
 
 NAL_UNITS = {
-    "h264": NalUnits(0, 31, 1, 4, {1, 5}, {5}, {7, 8}, {6, 9, 12}),
+    "h264": NalUnits(
+        shift=0,
+        mask=31,
+        header=1,
+        length_at=4,
+        slices={1, 5},
+        starts={5},  # IDR; other key frames need not reset all of the decoder
+        parameters={7, 8},
+        others={6, 9, 12},
+    ),
     "hevc": NalUnits(
-        1, 63, 2, 21, {*range(10), 19, 20, 21}, {19, 20, 21}, {32, 33, 34}, {35, 38, 39, 40}
+        shift=1,
+        mask=63,
+        header=2,
+        length_at=21,
+        slices={*range(10), 19, 20, 21},
+        starts={19, 20, 21},  # IDR and CRA, of whose leading pictures the decoder drops some
+        parameters={32, 33, 34},
+        others={35, 38, 39, 40},
     ),
 }
 
@@ -173,11 +189,11 @@ def decode_wanted(
         if number is None or (packet is not None and packet.size == 0):
             continue
         for frame in codec.decode(packet):
+            if frame.pts is None or frame.is_corrupt or frame.interlaced_frame:
+                raise NotSure
             if number == first and frame.pts < index.stamps[first]:
                 continue  # shown before the key frame; made of frames before it, perhaps
             if number == len(index.stamps) or frame.pts != index.stamps[number]:
-                raise NotSure
-            if frame.is_corrupt or frame.interlaced_frame:
                 raise NotSure
             if missing and number == missing[0]:
                 frames.append(frame)

@@ -1,4 +1,4 @@
-"""A video -> evenly spaced frames; an archive -> its videos."""
+"""A video -> some of its frames; an archive -> its videos."""
 
 import tarfile
 from collections.abc import Iterator
@@ -125,10 +125,10 @@ def read_frames(path: Path, sampling: Sampling) -> tuple[list[av.VideoFrame], st
     """
     The frames of a video that `sampling` chooses, and what is wrong with it, or "".
 
-    They are exact: chosen of the frames that really decode, in the order of display. Headers lie
-    about their number, and a seek finds other frames where there are B-frames. So only the packets
-    of a video that leaves no doubt are decoded in part, with the same result; what is damaged in
-    the others is then not noticed.
+    They are exact: chosen of the n frames that really decode, in the order of display. Headers lie
+    about n, and a seek finds other frames where there are B-frames. So all is decoded, unless the
+    packets leave no doubt and what leads to the wanted frames is much less. The frames are the
+    same then; but elsewhere damage is not noticed, nor the frames that it takes away from n.
 
     Raises:
         ValueError: no frames that can be decoded. OSError, av.FFmpegError: it cannot be read.
