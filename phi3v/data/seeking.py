@@ -1,9 +1,9 @@
 """
 Some frames of a video, without decoding all of it.
 
-All packets are read, which costs 1 to 2 % of decoding them, and those from the key frame before a wanted
-frame up to it are decoded. So neither an index of the file is believed nor a seek. Which frames
-there are is known from the packets, if they leave no doubt: `NotSure` means to decode all.
+All packets are read, which costs 1 to 2 % of decoding them, and those from the key frame before a
+wanted frame up to it are decoded. So neither an index of the file is believed nor a seek. Which
+frames there are is known from the packets, if they leave no doubt: `NotSure` means to decode all.
 """
 
 from bisect import bisect_right
