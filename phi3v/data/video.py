@@ -53,10 +53,9 @@ def promised_frames(container: av.container.InputContainer, stream: av.VideoStre
     return stream.frames
 
 
-def cut_off(promised: int, num_packets: int, count: int) -> list[str]:
-    """The warning that a video ends early, if it does; what it promises is not always exact."""
-    early = num_packets < 0.9 * promised - 2
-    return [f"cut off: about {promised} frames promised, {count} found"] if early else []
+def cut_off(promised: int, num_packets: int) -> bool:
+    """Whether a video ends early; what it promises is not always exact."""
+    return num_packets < 0.9 * promised - 2
 
 
 def average_duration(stream: av.VideoStream) -> Fraction:
@@ -64,23 +63,22 @@ def average_duration(stream: av.VideoStream) -> Fraction:
     return 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
 
 
-def survey(path: Path) -> tuple[Index | None, list[Times], list[str]]:
+def survey(path: Path) -> tuple[Index | None, list[Times]]:
     """
-    What can be known of a video without decoding it: its frames, where packets and header leave no
-    doubt, when these may be shown, and what is wrong.
+    What can be known of a video without decoding it: its frames, where packets and header agree and
+    leave no doubt, and when these may be shown.
     """
     with open_video(path) as (container, stream):
         average, count = average_duration(stream), stream.frames
         with suppress(NotSure):
             index = read_index(container, stream)
-            count = len(index.stamps)  # `decode` counts two packets more: those that end it
-            warnings = cut_off(promised_frames(container, stream), count + 2, count)
-            return index, [Times(index.stamps, stream.time_base)], warnings
+            if not cut_off(promised_frames(container, stream), len(index.stamps)):
+                return index, [Times(index.stamps, stream.time_base)]
     if not count:  # as in mkv and webm
         with open_video(path) as (container, stream):
             count = sum(packet.size > 0 for packet in container.demux(stream))
     # Sound videos, too, have a frame or two more or less than they say.
-    return None, [Times(range(number), average) for number in range(count - 2, count + 3)], []
+    return None, [Times(range(number), average) for number in range(count - 2, count + 3)]
 
 
 def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], Times, list[str]]:
@@ -110,7 +108,9 @@ def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], Times,
                 stamps.append(frame.pts)
         times = Times.of_frames(stamps, stream.time_base, average_duration(stream))
     warnings = [f"{num_damaged} damaged packets skipped"] if num_damaged else []
-    return frames, times, warnings + cut_off(promised, num_packets, len(stamps))
+    if cut_off(promised, num_packets):
+        warnings.append(f"cut off: about {promised} frames promised, {len(stamps)} found")
+    return frames, times, warnings
 
 
 def seek(path: Path, index: Index, wanted: list[int]) -> list[av.VideoFrame] | None:
@@ -133,9 +133,9 @@ def read_frames(path: Path, sampling: Sampling) -> tuple[list[av.VideoFrame], st
     Raises:
         ValueError: no frames that can be decoded. OSError, av.FFmpegError: it cannot be read.
     """
-    index, guesses, warnings = survey(path)
+    index, guesses = survey(path)
     if index is not None and (found := seek(path, index, sampling.choose(guesses[0]))):
-        return found, "; ".join(warnings)
+        return found, ""
     # What any guess needs is kept, and only a video that is further off is decoded a second time.
     keep = {i for times in guesses for i in sampling.choose(times)}
     frames, times, warnings = decode(path, keep)
