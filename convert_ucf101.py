@@ -7,10 +7,13 @@ Turn a video dataset into frames and jsonl for finetune_hf_trainer_ucf101.py.
     python convert_ucf101.py --out_dir /path/to/converted_ucf101 --archive UCF101_subset.tar.gz
     # your own videos: my_videos/{train,val,test}/<class>/<video>.mp4
     python convert_ucf101.py --out_dir /path/to/converted --video_dir my_videos
+    # of many lengths: a frame every two seconds, at most 16 of a video
+    python convert_ucf101.py --out_dir /path/to/converted --video_dir my_videos \\
+        --fps 1/2 --max_frames 16
 
 gives
 
-    out_dir/images/{train,val,test}/<class>/<video>.<0..7>.jpg     8 frames per video
+    out_dir/images/{train,val,test}/<class>/<video>.<0..7>.jpg     8 frames per video, or by --fps
     out_dir/ucf101_{train,val,test}.jsonl                          1 line per video
     out_dir/converted.jsonl                                        what came from which video
 
@@ -25,11 +28,20 @@ On many machines, which all see out_dir and the videos below the same paths:
     ... --finish       and then this, once. Either way gives the bytes of one machine.
 
 Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95.
+         With --fps F, those on the screen 0, 1/F, 2/F, ... seconds after the first one, by their
+         time stamps (without such, by the average rate), until the last one comes; none twice.
+         Where they are more than --max_frames, that many of them, evenly spaced.
+         An image is up to 781 tokens at --num_crops 4, so 8 are 6,248 and 32 are 24,992. The model
+         takes 131,072; what a GPU can train on is less, and the recipe's --plan tells it.
+Long     Of mp4, mov, mkv and webm in H.264, HEVC, VP9 or AV1, only what leads from a key frame to
+         a wanted frame is decoded, if that saves a quarter. The frames are the same; but what is
+         damaged in between is then not noticed. All is decoded where anything does not fit.
 Ids      <split>-<the video's place among all, by split, class, name>. One that fails keeps its own.
 Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of fewer than 8 frames,
          which then repeat. ignored: no video. --strict stops at the first of these.
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
-         changed since are made anew. There is no ucf101_*.jsonl before all is done.
+         changed since, or are of other flags, are made anew. There is no ucf101_*.jsonl before all
+         is done.
          A run that was killed leaves what it extracted in --tmp_dir.
 Ray      --ray auto, host:6379 or ray://host:10001; without an address, the cluster at hand or a
          local one. With an archive, also the hub's, --tmp_dir has to be shared, too.
@@ -47,6 +59,7 @@ import shlex
 import signal
 import sys
 from contextlib import ExitStack, closing
+from fractions import Fraction
 from pathlib import Path
 
 from tqdm import tqdm
@@ -54,6 +67,7 @@ from tqdm import tqdm
 from phi3v.data import video_source
 from phi3v.data.frame_folder import FrameFolder, Video
 from phi3v.data.manifest import Shard
+from phi3v.data.sampling import Sampling
 from phi3v.data.video_source import LAYOUT, SPLITS, SUFFIXES
 from phi3v.errors import DataError, RunError
 
@@ -85,6 +99,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> Fraction:
+    if text.endswith("/0") or not 0 < Fraction(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1000")
+    return Fraction(text)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -94,7 +114,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tmp_dir", type=Path, default="/tmp/ucf101", help="extract here (default: %(default)s)")
     source.add_argument("--archive", type=Path, help=f"a tar in place of the hub's {HUB_FILE}")
     source.add_argument("--video_dir", type=Path, help=f"folder with {LAYOUT}")
-    add("--num_frames", type=count, default=8, help="frames per video (default: 8)")
+    frames = parser.add_mutually_exclusive_group()
+    frames.add_argument("--num_frames", type=count, default=8, help="of each video (default: 8)")
+    frames.add_argument("--fps", type=rate, help="frames a second instead: 1, 0.5, 1/10, ...")
+    add("--max_frames", type=count, help="of a video, with --fps (default: 32)")
     add("--num_workers", type=count, help="processes at a time (default: all CPUs)")
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="work on a Ray cluster")
@@ -103,7 +126,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_video_gb", type=count, default=1, help="larger videos fail (default: 1)")
     add("--strict", action="store_true", help="stop at the first bad file")
     add("--no-tqdm", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.max_frames is not None and args.fps is None:
+        parser.error("--max_frames needs --fps; --num_frames is for as many of every video")
+    args.sampling = Sampling(args.num_frames, args.fps, args.max_frames or 32)
+    return args
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -130,9 +157,9 @@ def convert(args: argparse.Namespace) -> int:
         if args.shard:
             videos = videos[args.shard.number :: args.shard.count]
         if args.finish:
-            lines = folder.join(videos, args.num_frames)
+            lines = folder.join(videos, args.sampling)
         else:
-            options = (args.num_frames, args.num_workers, args.max_video_gb, args.ray)
+            options = (args.sampling, args.num_workers, args.max_video_gb, args.ray)
             lines = folder.convert(videos, *options)
         stack.enter_context(closing(lines))
         for video, line in tqdm(lines, total=len(videos), unit="video", disable=args.no_tqdm):
@@ -143,7 +170,7 @@ def convert(args: argparse.Namespace) -> int:
                 print(f"{problems[0]}\nStopped by --strict.", file=sys.stderr)
                 return 1
             if "error" not in line:
-                record = to_record(video, video.images(args.num_frames), classes)
+                record = to_record(video, video.images(len(line["files"])), classes)
                 records[video.split].append(record)
         if not args.shard:
             folder.finish({jsonl[split]: each for split, each in records.items() if each})

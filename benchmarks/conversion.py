@@ -17,6 +17,13 @@ Decoding and `convert_video` take turns video by video, in one process. `convert
 as a user runs it, so its times include the start of Python, the imports and the extraction of the
 archive; the others do not. All ways must give the same pixels. 930 MB of temporary files and some
 ten minutes with the defaults; two workers need two cores that are idle.
+
+    python -m benchmarks.conversion --long
+
+prints what it saves to decode no more than leads to the wanted frames: the CPU time of
+`read_frames` beside that of decoding all, for a video of 3 minutes (1280x720, 25 frames a second,
+H.264 of libx264's preset ultrafast: a photograph that moves), clips of 7 s in H.264, and those of
+above, in which `read_frames` decodes all. Both ways must give the same frames. Two minutes.
 """
 
 import resource
@@ -28,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,6 +48,8 @@ from sklearn.datasets import load_sample_images
 
 from benchmarks.side_by_side import in_turns, make_parser, ratios, report, spread
 from phi3v.data.frame_folder import Video, convert_video
+from phi3v.data.sampling import Sampling
+from phi3v.data.video import decode, read_frames
 
 CONVERTER = Path(__file__).resolve().parent.parent / "convert_ucf101.py"
 # On a disk the state of the file system would be measured as well: ext4 here took 0.4 ms, not 0.02,
@@ -55,6 +65,8 @@ JPEG_QUALITY = 95
 FLOOR, STEADY, TEXTBOOK = "decoding alone", "convert_video", "textbook way"
 FLOOR_TWO = "decoding alone, 2 processes"
 ONE, TWO = "convert_ucf101.py, 1 worker", "convert_ucf101.py, 2 workers"
+
+ALL, PART = "decoding all", "read_frames"
 
 T = TypeVar("T")
 
@@ -105,6 +117,21 @@ def write_clip(path: Path, seed: int) -> None:
         container.mux(stream.encode())
 
 
+def write_h264(path: Path, num_frames: int, size: tuple[int, int], gop: int) -> None:
+    """A window that wanders over a photograph."""
+    width, height = size
+    photo = Image.fromarray(load_sample_images().images[0]).resize((2 * width, 2 * height))
+    with av.open(str(path), "w") as container:
+        options = {"preset": "ultrafast", "x264-params": f"keyint={gop}:scenecut=0"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(num_frames):
+            left, top = (round(side / 2 * (1 + np.sin(i / 70))) for side in size)
+            window = photo.crop((left, top, left + width, top + height))
+            container.mux(stream.encode(av.VideoFrame.from_image(window)))
+        container.mux(stream.encode())
+
+
 def make_videos(folder: Path, count: int) -> list[Path]:
     """Write `count` videos below folder/videos, and folder/videos.tar with the same."""
     clips = [folder / f"{seed}.avi" for seed in range(min(count, CLIPS))]
@@ -124,7 +151,7 @@ def make_videos(folder: Path, count: int) -> list[Path]:
 
 
 def decode_alone(videos: list[Path]) -> None:
-    """The floor: every way to choose frames by their exact number decodes all of them."""
+    """What there is to decode in a clip."""
     for path in videos:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -140,10 +167,53 @@ def take_turns(paths: list[Path], out: Path) -> dict[str, Cost]:
     for path in paths:
         label = path.parent.name
         video = Video(path.stem, "train", f"train/{label}/{path.stem}", label, path)
-        convert = partial(convert_video, video, {}, out, CHOSEN, max_gb=1)
+        convert = partial(convert_video, video, {}, out, Sampling(CHOSEN), max_gb=1)
         costs[FLOOR].append(timed(partial(decode_alone, [path])))
         costs[STEADY].append(timed(convert))
     return {way: Cost(*map(sum, zip(*each, strict=True))) for way, each in costs.items()}
+
+
+def read_both(path: Path, sampling: Sampling) -> dict[str, float]:
+    """CPU seconds of ALL and PART. In ALL, which frames are wanted is known without asking."""
+    frames, cost = {}, {}
+
+    def read_all() -> None:
+        kept, _, _ = decode(path, set(wanted))
+        frames[ALL] = [kept[i] for i in wanted]
+
+    def read_part() -> None:
+        frames[PART], _ = read_frames(path, sampling)
+
+    _, times, _ = decode(path, set())
+    wanted = sampling.choose(times)
+    for way, read in ((ALL, read_all), (PART, read_part)):
+        cost[way] = timed(read).cpu
+    for one, other in zip(frames[ALL], frames[PART], strict=True):
+        assert np.array_equal(one.to_ndarray(), other.to_ndarray())
+    return cost
+
+
+def measure_long(folder: Path, seconds: int, num_rounds: int) -> list[list[str]]:
+    """The rows of the table of --long."""
+    long, often, seldom, clip = (folder / name for name in ("0.mp4", "1.mp4", "2.mp4", "3.avi"))
+    write_h264(long, FPS * seconds, (1280, 720), 250)
+    write_h264(often, NUM_FRAMES, SIZE, 12)
+    write_h264(seldom, NUM_FRAMES, SIZE, 250)
+    write_clip(clip, 0)
+    eight, by_time = Sampling(CHOSEN), Sampling(fps=Fraction(1, 10), max_frames=32)
+    cases = {
+        f"{seconds} s of 720p, key frame every 250": (long, eight),
+        f"{seconds} s of 720p, --fps 1/10": (long, by_time),
+        "clip in H.264, key frame every 12": (often, eight),
+        "clip in H.264, one key frame": (seldom, eight),
+        "clip in XVID, as UCF-101's": (clip, eight),
+    }
+    costs = in_turns({name: partial(read_both, *case) for name, case in cases.items()}, num_rounds)
+    rows = []
+    for name, each in costs.items():
+        whole, part = ([1000 * cost[way] for cost in each] for way in (ALL, PART))
+        rows.append([name, spread(whole, 1), spread(part, 1), ratios(part, whole)])
+    return rows
 
 
 def convert_textbook(videos: list[Path], out: Path) -> None:
@@ -244,7 +314,16 @@ def main():
     parser.add_argument("--videos", type=int, default=400, help="videos in the archive (400)")
     default = MEMORY_DISK if MEMORY_DISK.is_dir() else Path(tempfile.gettempdir())
     parser.add_argument("--tmp_dir", type=Path, default=default, help=f"for all files ({default})")
+    parser.add_argument(
+        "--long", type=int, nargs="?", const=180, help="measure seeking, in a video of 180 seconds"
+    )
     args = parser.parse_args()
+    if args.long:
+        with tempfile.TemporaryDirectory(dir=args.tmp_dir) as folder:
+            rows = measure_long(Path(folder), args.long, args.rounds)
+        header = ["video", "all decoded, CPU ms", "read_frames, CPU ms", "of decoding all"]
+        report("Frames of long and short videos", header, rows, args.save, "long")
+        return
     with tempfile.TemporaryDirectory(dir=args.tmp_dir) as folder:
         costs = measure_all(Path(folder), args.videos, args.rounds)
     header = ["way", "CPU ms a video", "of decoding alone", "wall ms a video", "gain of a second"]

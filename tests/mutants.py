@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 
 VIDEO, FRAME_FOLDER = "phi3v/data/video.py", "phi3v/data/frame_folder.py"
 ENGINE = "phi3v/data/engine.py"
+SAMPLING, SEEKING = "phi3v/data/sampling.py", "phi3v/data/seeking.py"
 MODEL, IMAGES = "phi3v/model/modeling_phi3_v.py", "phi3v/model/image_processing_phi3_v.py"
 CHECKPOINTS, OUTPUT = "phi3v/training/checkpoints.py", "phi3v/training/output_folder.py"
 
@@ -562,10 +563,59 @@ MUTANTS = [
     # ---- The converter
     Mutant(
         "converter: frames are taken from the middle",
-        VIDEO,
-        "return [i * count // num_frames for i in range(num_frames)]",
-        "return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]",
+        SAMPLING,
+        "shown[i * len(shown) // number]",
+        "shown[(2 * i + 1) * len(shown) // (2 * number)]",
         "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: --fps takes the next frame",
+        SAMPLING,
+        "[i for i in range(len(times.ticks)) if due[i] < due[i + 1]]",
+        "[i for i in range(1, len(times.ticks)) if due[i - 1] < due[i]]",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "converter: images of other --fps are kept",
+        FRAME_FOLDER,
+        '        line["frames"] = str(sampling)\n',
+        "",
+        "test_convert_ucf101",
+    ),
+    Mutant(
+        "seeking: frames are not compared by their time stamps",
+        SEEKING,
+        "frame.pts != index.stamps[number]",
+        "False",
+        "test_video_seeking",
+    ),
+    Mutant(
+        "seeking: leading frames are taken from the key frame after them",
+        SEEKING,
+        "bisect_right(self.starts, number)",
+        "bisect_right(self.packets, number)",
+        "test_video_seeking",
+    ),
+    Mutant(
+        "seeking: a frame that does not reset the decoder is a start",
+        SEEKING,
+        "start = kind in self.kinds.starts",
+        "start = packet.is_keyframe",
+        "test_video_seeking",
+    ),
+    Mutant(
+        "seeking: damage is concealed",
+        SEEKING,
+        ', "err_detect": "explode"',
+        "",
+        "test_video_seeking",
+    ),
+    Mutant(
+        "seeking: the decoder keeps the frames of before",
+        SEEKING,
+        "                codec.flush_buffers()\n",
+        "                pass\n",
+        "test_video_seeking",
     ),
     Mutant(
         "converter: ids start at one",

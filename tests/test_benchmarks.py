@@ -221,6 +221,7 @@ def test_memory_of_a_cluster():
             2,
         ),
         ("conversion", "--videos 2 --rounds 1", "gain of a second", 6),
+        ("conversion", "--long 2 --rounds 1", "of decoding all", 5),
         ("startup", "--rounds 1", "of the Trainer's import", 5),
         ("scaling", "--parts samples --size tiny --steps 1", "GFLOP/s", 11),
         ("scaling", "--parts rows --rows 20 30", "start, s", 2),

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -24,6 +25,7 @@ from PIL import Image
 import convert_ucf101 as converter
 from phi3v.data import frame_folder, video
 from phi3v.data.manifest import PART
+from phi3v.data.sampling import Sampling, Times
 
 SCRIPT = Path(converter.__file__).resolve()
 H264 = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -61,7 +63,7 @@ def level(pixels: np.ndarray) -> int:
 
 def picked(path: Path, num_frames: int = 8) -> list[int]:
     """Which frames of a video `read_frames` returns."""
-    frames, _ = video.read_frames(path, num_frames)
+    frames, _ = video.read_frames(path, Sampling(num_frames))
     return [level(frame.to_ndarray(format="rgb24")) for frame in frames]
 
 
@@ -114,13 +116,13 @@ def read(tmp_path: Path, monkeypatch) -> Callable[[], list[str]]:
     """
     log, read_frames = tmp_path / "read.log", frame_folder.read_frames
 
-    def look(path: Path, num_frames: int):
+    def look(path: Path, sampling: Sampling):
         with log.open("a") as file:
             print(path.stem, file=file)
         if "dies" in path.stem:
             os._exit(9)
         time.sleep(60 * ("hangs" in path.stem) + 0.3 * ("late" in path.stem))
-        return read_frames(path, num_frames)
+        return read_frames(path, sampling)
 
     def names() -> list[str]:
         text = log.read_text() if log.exists() else ""
@@ -276,7 +278,8 @@ def test_packets_lie(tmp_path: Path):
         for packet in packets[1:]:  # frames 1 to 11 need the keyframe that is gone
             packet.stream = stream
             new.mux(packet)
-    assert video.guess_count(tmp_path / "v.mkv") == 39
+    _, guesses = video.survey(tmp_path / "v.mkv")
+    assert [len(times.ticks) for times in guesses] == [37, 38, 39, 40, 41]
     assert picked(tmp_path / "v.mkv") == [12 + i * 28 // 8 for i in range(8)]
 
 
@@ -286,7 +289,8 @@ def test_result_does_not_depend_on_the_guess(tmp_path: Path, monkeypatch, guess:
     path = write_video(tmp_path / "v.mp4", 20, H264, b_frames=2)
     decode, calls = video.decode, []
     monkeypatch.setattr(video, "decode", lambda *args: calls.append(args) or decode(*args))
-    monkeypatch.setattr(video, "guess_count", lambda path: guess)
+    near = [Times(range(guess + i), Fraction(1, 25)) for i in range(-2, 3)]
+    monkeypatch.setattr(video, "survey", lambda path: (None, near))
     assert picked(path) == [0, 2, 5, 7, 10, 12, 15, 17]
     assert len(calls) == (1 if 18 <= guess <= 22 else 2)
 
@@ -295,7 +299,44 @@ def test_huge_frames(tmp_path: Path, monkeypatch):
     """Frames that would fill the memory are not decoded."""
     monkeypatch.setattr(video, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="its frames of 64 x 48 are larger than 8K"):
-        video.read_frames(write_video(tmp_path / "v.avi"), 8)
+        video.read_frames(write_video(tmp_path / "v.avi"), Sampling())
+
+
+def by_hand(times: list[float], fps: float) -> list[int]:
+    """The frame on the screen at 0, 1 / fps, 2 / fps, ..., each once."""
+    ticks = np.arange(0, times[-1] - times[0] + 1e-9, 1 / fps) + times[0] + 1e-9
+    return sorted({max(i for i, time in enumerate(times) if time <= tick) for tick in ticks})
+
+
+@pytest.mark.parametrize("fps", ["1", "0.3", "10", "25", "30000/1001", "100"])
+@pytest.mark.parametrize("step", [lambda i: 40, lambda i: 1 + 37 * i % 101, lambda i: 3000])
+def test_fps(fps: str, step: Callable[[int], int]):
+    """Which frames --fps takes: by time stamps, at any rate of the video, none twice."""
+    stamps = np.cumsum([7000, *map(step, range(59))]).tolist()
+    times = Times.of_frames(stamps, Fraction(1, 1000), Fraction(1, 25))
+    expected = by_hand([stamp / 1000 for stamp in stamps], float(Fraction(fps)))
+    assert Sampling(8, Fraction(fps), 1000).choose(times) == expected
+    few = Sampling(8, Fraction(fps), 5).choose(times)
+    count = min(5, len(expected))
+    assert few == [expected[i * len(expected) // count] for i in range(count)]
+
+
+@pytest.mark.parametrize("stamps", [[0, 1, None, 3], [0, 2, 1, 3], [0, 1, 1, 2]])
+def test_fps_without_time_stamps(stamps: list):
+    """Where stamps are missing or do not rise, the average rate counts."""
+    times = Times.of_frames(stamps, Fraction(1, 100), Fraction(1, 2))
+    assert Sampling(8, Fraction(1), 9).choose(times) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["v.avi", "v.mp4", "v.mkv", "v.ts"])
+def test_fps_of_files(tmp_path: Path, monkeypatch, name: str):
+    """In every container a second has 25 frames, and no file is decoded twice."""
+    path = write_video(tmp_path / name, 56, "mpeg4" if name == "v.avi" else H264, b_frames=2)
+    decode, calls = video.decode, []
+    monkeypatch.setattr(video, "decode", lambda *args: calls.append(args) or decode(*args))
+    frames, warning = video.read_frames(path, Sampling(fps=Fraction(5, 2), max_frames=4))
+    assert [level(frame.to_ndarray(format="rgb24")) for frame in frames] == [0, 10, 30, 40]
+    assert warning == "" and len(calls) <= 1
 
 
 # ---- Bad videos ----
@@ -353,7 +394,7 @@ def test_bad_videos(videos: Path, tmp_path: Path, capsys):
         "failed: train/A/folder.avi": "not a regular file",
         "failed: train/A/gif.mp4": "its format is none of asf,avi,",
         "failed: train/A/half_mp4.mp4": "Invalid data",
-        f"failed: train/A/{'long' * 62}abc.avi": "File name too long",
+        f"failed: train/A/{'long' * 62}abc.avi": "its name is too long",
         "failed: train/A/nowhere.avi": "not a regular file",
         "failed: train/A/pipe.avi": "not a regular file",
         "failed: train/A/sparse.avi": "larger than --max_video_gb 1",
@@ -563,6 +604,55 @@ def test_other_settings_and_videos(videos: Path, tmp_path: Path, monkeypatch, re
     monkeypatch.setattr(frame_folder, "MADE_BY", "another version")
     assert main(videos, out) == 0
     assert len(read()) == 4
+
+
+def test_fps_and_resume(tmp_path: Path, read):
+    """Each video has its number of images. Other flags make anew what they change, and remove."""
+    root, out = tmp_path / "videos", tmp_path / "out"
+    for name, count in (("a", 1), ("b", 26), ("c", 56)):
+        write_video(root / f"val/A/{name}.mp4", count, H264)
+
+    def images(*more: object) -> list[int]:
+        assert main(root, out, *more) == 0
+        found = [record["conversations"][0]["images"] for record in records(out, "val")]
+        for stem, names in zip("abc", found, strict=True):
+            assert names == [f"val/A/{stem}.{i}.jpg" for i in range(len(names))]
+        assert sorted(tree(out / "images")) == sorted(name for names in found for name in names)
+        return [len(names) for names in found]
+
+    assert images("--fps", 10) == [1, 11, 23]
+    assert read() == ["a", "b", "c"]
+    assert images("--fps", "20/2", "--max_frames", 32) == [1, 11, 23]
+    assert read() == []
+    assert images("--fps", 10, "--max_frames", 8) == [1, 8, 8]
+    assert read() == ["a", "b", "c"]
+    before = tree(out / "images")
+    assert images() == [8, 8, 8]  # as many files, of other frames
+    assert read() == ["a", "b", "c"] and tree(out / "images") != before
+    assert images("--fps", 0.5) == [1, 1, 2]
+    (out / "images/val/A/c.1.jpg").unlink()
+    read()
+    assert images("--fps", 0.5) == [1, 1, 2]
+    assert read() == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--fps", "0"], "not above 0"),
+        (["--fps", "1/0"], "not above 0"),
+        (["--fps", "-1"], "not above 0"),
+        (["--fps", "fast"], "invalid rate value"),
+        (["--fps", "1", "--num_frames", "4"], "not allowed with"),
+        (["--max_frames", "4"], "--max_frames needs --fps"),
+        (["--fps", "1", "--max_frames", "0"], "not from 1 to 1000"),
+    ],
+)
+def test_bad_flags(capsys, words: list[str], why: str):
+    """Rates that mean nothing, and flags that exclude each other, stop before the work starts."""
+    with pytest.raises(SystemExit, match="2"):
+        converter.main(words)
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a1.3.jpg", "ucf101_test.jsonl"])

@@ -21,6 +21,7 @@ from phi3v.data.manifest import (
     remove_parts,
     write_file,
 )
+from phi3v.data.sampling import Sampling
 from phi3v.data.video import MADE_BY, read_frames, reason, to_jpeg
 from phi3v.errors import RunError
 
@@ -34,47 +35,50 @@ class Video(NamedTuple):
     label: str  # its class
     path: Path
 
-    def images(self, num_frames: int) -> list[str]:
-        """Paths of its frames, relative to images/."""
-        return [f"{self.name}.{i}.jpg" for i in range(num_frames)]
+    def images(self, count: int) -> list[str]:
+        """Paths of its first frames, relative to images/."""
+        return [f"{self.name}.{i}.jpg" for i in range(count)]
 
 
-def convert_video(video: Video, old: dict, folder: Path, num_frames: int, max_gb: int) -> dict:
+def convert_video(video: Video, old: dict, folder: Path, sampling: Sampling, max_gb: int) -> dict:
     """
-    Write the frames of one video, unless they are all there already.
+    Write the frames of one video that `sampling` chooses, unless they are all there already.
 
     Returns its line of the manifest, or {"error": why there is none}. `old` is its line until now.
 
     Raises:
         RunError: an image cannot be written. All other errors cost this video only.
     """
-    names = [f"images/{name}" for name in video.images(num_frames)]
     try:
         if any("\ud800" <= letter <= "\udfff" for letter in video.name):
             raise ValueError("its name is not UTF-8, as jsonl is: rename it")
+        if len(f"{video.path.stem}.999.jpg".encode()) > 255:
+            raise ValueError("its name is too long for those of its images")
         if not video.path.is_file():  # a pipe may have no end
             raise ValueError("not a regular file")
         if video.path.stat().st_size > max_gb << 30:
             raise ValueError(f"larger than --max_video_gb {max_gb}")
+        names = old.get("files", {})
         found = {n: file_digest(folder / n) for n in names if (folder / n).is_file()}
         # Before the decoding: a video that changes meanwhile is not taken for done next time.
         line = {"name": video.name, "video": file_digest(video.path), "made_by": MADE_BY}
-        if line.items() <= old.items() and found.keys() == set(names) and found == old["files"]:
+        line["frames"] = str(sampling)
+        if line.items() <= old.items() and found == old["files"]:
             return old
-        frames, warning = read_frames(video.path, num_frames)
+        frames, warning = read_frames(video.path, sampling)
         images = [to_jpeg(frame) for frame in frames]
     except Exception as error:  # a decoder may raise anything
         return {"error": reason(error)}
-    for name, image in zip(names, images, strict=True):
-        write_file(folder / name, image)
-    digests = [hashlib.sha256(image).hexdigest() for image in images]
-    return {**line, "warning": warning, "files": dict(zip(names, digests, strict=True))}
+    files = {}
+    for name, image in zip(video.images(len(images)), images, strict=True):
+        write_file(folder / "images" / name, image)
+        files[f"images/{name}"] = hashlib.sha256(image).hexdigest()
+    return {**line, "warning": warning, "files": files}
 
 
-def is_done(video: Video, line: dict, num_frames: int) -> bool:
-    """Whether its line of a shard's manifest tells of these settings, or why it failed."""
-    names = [f"images/{name}" for name in video.images(num_frames)]
-    return "error" in line or list(line.get("files", [])) == names
+def is_done(line: dict, sampling: Sampling) -> bool:
+    """Whether a line of a shard's manifest tells of these settings, or why its video failed."""
+    return "error" in line or line.get("frames") == str(sampling)
 
 
 # ---- All videos ----
@@ -156,7 +160,7 @@ class FrameFolder:
     def convert(
         self,
         videos: list[Video],
-        num_frames: int,
+        sampling: Sampling,
         num_workers: int | None,
         max_gb: int,
         ray_address: str | None = None,
@@ -175,7 +179,7 @@ class FrameFolder:
         # Other machines have other working folders.
         folder = self.folder.absolute()
         there = [video._replace(path=video.path.absolute()) for video in videos]
-        work = partial(convert_video, folder=folder, num_frames=num_frames, max_gb=max_gb)
+        work = partial(convert_video, folder=folder, sampling=sampling, max_gb=max_gb)
         results = as_done(
             *(work, there, old),
             died={"error": "its worker process died"},
@@ -212,7 +216,7 @@ class FrameFolder:
             self.new.append(line)
         return line
 
-    def join(self, videos: list[Video], num_frames: int) -> Iterator[tuple[Video, dict]]:
+    def join(self, videos: list[Video], sampling: Sampling) -> Iterator[tuple[Video, dict]]:
         """
         Yield all videos, in order, with what their shards noted of them. It is taken as it is: no
         video and no image is read.
@@ -235,7 +239,7 @@ class FrameFolder:
         missing = Counter(
             owner
             for video, owner, line in zip(videos, owners, lines, strict=True)
-            if not is_done(video, line, num_frames)
+            if not is_done(line, sampling)
         )
         if missing:
             numbers = ",".join(str(shard.number) for shard in sorted(missing))

@@ -1,8 +1,9 @@
-"""A video -> evenly spaced frames; an archive -> its videos."""
+"""A video -> some of its frames; an archive -> its videos."""
 
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from fractions import Fraction
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,8 @@ import av
 import PIL
 from PIL import Image
 
+from phi3v.data.sampling import Sampling, Times
+from phi3v.data.seeking import Index, NotSure, decode_wanted, read_index
 from phi3v.errors import DataError
 
 JPEG_QUALITY = 95
@@ -21,11 +24,6 @@ ONE_FILE = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
 MAX_PIXELS = 1 << 25  # of a frame, which is 8K: dozens of them are held in memory
 # Images that other versions made may differ in their pixels, and are made anew.
 MADE_BY = f"PyAV {av.__version__}, Pillow {PIL.__version__}"
-
-
-def frame_indices(count: int, num_frames: int) -> list[int]:
-    """The frames to take of a video of `count` frames, (num_frames,); a short one repeats."""
-    return [i * count // num_frames for i in range(num_frames)]
 
 
 @contextmanager
@@ -48,24 +46,52 @@ def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.Vid
         yield container, stream
 
 
-def guess_count(path: Path) -> int:
-    """The number of frames as the header or, in mkv and webm, the number of packets has it."""
+def promised_frames(container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """The number of frames by the header, or by its duration; 0 if it has neither."""
+    if not stream.frames and container.duration and stream.average_rate:
+        return round(container.duration / av.time_base * stream.average_rate)
+    return stream.frames
+
+
+def cut_off(promised: int, num_packets: int) -> bool:
+    """Whether a video ends early; what it promises is not always exact."""
+    return num_packets < 0.9 * promised - 2
+
+
+def average_duration(stream: av.VideoStream) -> Fraction:
+    """Seconds of a frame; ffmpeg, too, takes 1 / 25 where nothing tells."""
+    return 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
+
+
+def survey(path: Path) -> tuple[Index | None, list[Times]]:
+    """
+    What can be known of a video without decoding it: its frames, where packets and header agree and
+    leave no doubt, and when these may be shown.
+    """
     with open_video(path) as (container, stream):
-        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+        average, count = average_duration(stream), stream.frames
+        with suppress(NotSure):
+            index = read_index(container, stream)
+            if not cut_off(promised_frames(container, stream), len(index.stamps)):
+                return index, [Times(index.stamps, stream.time_base)]
+    if not count:  # as in mkv and webm
+        with open_video(path) as (container, stream):
+            count = sum(packet.size > 0 for packet in container.demux(stream))
+    # Sound videos, too, have a frame or two more or less than they say.
+    return None, [Times(range(number), average) for number in range(count - 2, count + 3)]
 
 
-def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], int, list[str]]:
+def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], Times, list[str]]:
     """
     Decode a video to its end. A damaged packet is skipped.
 
-    Returns the frames whose index is in `keep`, the number of all frames, and what was wrong.
+    Returns the frames whose index is in `keep`, the times of all, and what was wrong.
     """
     frames: dict[int, av.VideoFrame] = {}
-    count = num_packets = num_damaged = 0
+    stamps: list[int | None] = []
+    num_packets = num_damaged = 0
     with open_video(path) as (container, stream):
-        promised = stream.frames
-        if not promised and container.duration and stream.average_rate:
-            promised = round(container.duration / av.time_base * stream.average_rate)
+        promised = promised_frames(container, stream)
         for packet in chain(container.demux(stream), [None]):  # None: give out what is held back
             num_packets += 1
             # An empty packet ends the decoding, so one in mid-file must not reach the decoder.
@@ -77,36 +103,47 @@ def decode(path: Path, keep: set[int]) -> tuple[dict[int, av.VideoFrame], int, l
                 num_damaged += 1
                 continue
             for frame in decoded:
-                if count in keep:
-                    frames[count] = frame
-                count += 1
+                if len(stamps) in keep:
+                    frames[len(stamps)] = frame
+                stamps.append(frame.pts)
+        times = Times.of_frames(stamps, stream.time_base, average_duration(stream))
     warnings = [f"{num_damaged} damaged packets skipped"] if num_damaged else []
-    if num_packets < 0.9 * promised - 2:  # what it promises is not always exact
-        warnings.append(f"cut off: about {promised} frames promised, {count} found")
-    return frames, count, warnings
+    if cut_off(promised, num_packets):
+        warnings.append(f"cut off: about {promised} frames promised, {len(stamps)} found")
+    return frames, times, warnings
 
 
-def read_frames(path: Path, num_frames: int) -> tuple[list[av.VideoFrame], str]:
+def seek(path: Path, index: Index, wanted: list[int]) -> list[av.VideoFrame] | None:
+    """The frames `wanted`, decoded alone; None where that is not sure or saves too little."""
+    if index.saves(wanted):
+        with suppress(NotSure, av.FFmpegError), open_video(path) as (container, stream):
+            return decode_wanted(container, stream, index, wanted)
+    return None
+
+
+def read_frames(path: Path, sampling: Sampling) -> tuple[list[av.VideoFrame], str]:
     """
-    Evenly spaced frames of a video, (num_frames,), and what is wrong with it, or "".
+    The frames of a video that `sampling` chooses, and what is wrong with it, or "".
 
-    They are exact: frame floor(i * n / num_frames) of the n that really decode, in the order of
-    display. Seeking finds other frames where there are B-frames, and headers lie about n.
+    They are exact: chosen of the n frames that really decode, in the order of display. Headers lie
+    about n, and a seek finds other frames where there are B-frames. So all is decoded, unless the
+    packets leave no doubt and what leads to the wanted frames is much less. The frames are the
+    same then; but elsewhere damage is not noticed, nor the frames that it takes away from n.
 
     Raises:
         ValueError: no frames that can be decoded. OSError, av.FFmpegError: it cannot be read.
     """
-    # Sound videos, too, have a frame or two more or less than they say. So what any number near
-    # it needs is kept, and only a video that is further off is decoded a second time.
-    guess = guess_count(path)
-    near = range(guess - 2, guess + 3)
-    keep = {i for count in near for i in frame_indices(count, num_frames)}
-    frames, count, warnings = decode(path, keep)
+    index, guesses = survey(path)
+    if index is not None and (found := seek(path, index, sampling.choose(guesses[0]))):
+        return found, ""
+    # What any guess needs is kept, and only a video that is further off is decoded a second time.
+    keep = {i for times in guesses for i in sampling.choose(times)}
+    frames, times, warnings = decode(path, keep)
+    wanted, count = sampling.choose(times), len(times.ticks)
     if count == 0:
         raise ValueError("no frame can be decoded")
-    if count < num_frames:
-        warnings.append(f"frames repeat: it has {count}, fewer than {num_frames}")
-    wanted = frame_indices(count, num_frames)
+    if len(set(wanted)) < len(wanted):
+        warnings.append(f"frames repeat: it has {count}, fewer than {sampling.num_frames}")
     if not keep.issuperset(wanted):
         frames, _, _ = decode(path, set(wanted))
     return [frames[i] for i in wanted], "; ".join(warnings)
