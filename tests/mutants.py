@@ -655,7 +655,7 @@ MUTANTS = [
     Mutant(
         "converter: --finish does not look whether all videos are done",
         FRAME_FOLDER,
-        "            if not is_done(video, line, num_frames)\n",
+        "            if not is_done(line, sampling)\n",
         "            if False\n",
         "test_convert_on_many",
     ),
@@ -665,6 +665,27 @@ MUTANTS = [
         "locked(self.folder / LOCK, shared=self.shard is not None)",
         "locked(self.folder / LOCK, shared=True)",
         "test_convert_on_many",
+    ),
+    Mutant(
+        "shards: damage is not noticed",
+        "phi3v/data/shard_rows.py",
+        '"page_checksum_verification": True',
+        '"page_checksum_verification": False',
+        "test_shards",
+    ),
+    Mutant(
+        "shards: records are read in the order of the files",
+        "phi3v/shards.py",
+        'order = np.lexsort((table["number"].to_numpy(), table["row"].to_numpy()))',
+        "order = np.arange(len(table))",
+        "test_shards",
+    ),
+    Mutant(
+        "shards: every epoch has the same order",
+        "phi3v/data/shard_order.py",
+        "np.random.default_rng([self.seed, self.epoch])",
+        "np.random.default_rng([self.seed, 0])",
+        "test_shards",
     ),
     Mutant(
         "engine: results come as they are done",
