@@ -50,7 +50,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Run]]:
 def make_videos(root: Path, *names: str) -> Path:
     """The videos name, of one class each: what is before its first underscore."""
     for i, name in enumerate(names):
-        write_video(root / "train" / name.split("_")[0] / f"{name}.avi", 10 + i)
+        write_video(root / "train" / name.split("_")[0] / f"{name}.avi", 10 + i % 40)
     return root
 
 
@@ -258,6 +258,37 @@ def test_bad_shard(tmp_path: Path, capsys, text: str):
         main(tmp_path, tmp_path / "out", f"--shard={text}")
     assert stopped.value.code == 2
     assert f"{text} is not i/n with i from 0 to n - 1" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_shards_after_random_kills(tmp_path: Path, start, read, seed: int):  # noqa: F811
+    """Shards that are killed and started again, many times, end with the bytes of one machine."""
+    rng = random.Random(seed)
+    names = [f"{'AB'[i % 2]}_{i:02d}{rng.choice(['', '_late'])}" for i in range(60)]
+    videos, out = make_videos(tmp_path / "videos", *names), tmp_path / "out"
+    words = [flags(videos, out, "--shard", f"{i}/3", "--num_workers", i + 1) for i in range(3)]
+    runs = [start(each) for each in words]
+    for _ in range(15):
+        time.sleep(rng.uniform(0.1, 1))
+        i = rng.randrange(3)
+        if not runs[i].process.is_alive():
+            continue
+        workers = runs[i].workers()
+        if workers and rng.random() < 0.5:  # which the shard survives
+            with suppress(psutil.NoSuchProcess):
+                workers[0].kill()
+        else:
+            runs[i].process.kill()
+            runs[i].process.join()
+            for worker in workers:
+                worker.wait(20)
+            runs[i] = start(words[i])
+    assert [run.finish()[0] for run in runs] == [0, 0, 0]
+    read()
+    assert main(videos, out, "--finish") == 0
+    assert read() == []
+    assert main(videos, tmp_path / "one") == 0
+    assert tree(out) == tree(tmp_path / "one")
 
 
 SLURM = {
