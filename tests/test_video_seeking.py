@@ -125,7 +125,8 @@ SOUND = {
     "variable rate.mkv": {"stamps": [40 * i + 7 * i * i % 39 for i in range(70)]},
     "leading frames that decode.mp4": {
         "codec": "libx265",
-        "x265-params": OPTIONS["libx265"]["x265-params"] + ":open-gop=0:radl=2:bframes=3:b-adapt=0",
+        "x265-params": OPTIONS["libx265"]["x265-params"]
+        + ":open-gop=0:radl=2:bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0",
     },
     "HEVC.mp4": {"codec": "libx265"},
     "HEVC.mkv": {"codec": "libx265"},
