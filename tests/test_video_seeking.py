@@ -123,6 +123,11 @@ SOUND = {
     "late start.mp4": {"stamps": [5000 + 40 * i for i in range(70)]},
     "variable rate.mp4": {"stamps": [i * i + 20 * i for i in range(70)]},
     "variable rate.mkv": {"stamps": [40 * i + 7 * i * i % 39 for i in range(70)]},
+    "leading frames that decode.mp4": {
+        "codec": "libx265",
+        "x265-params": OPTIONS["libx265"]["x265-params"]
+        + ":open-gop=0:radl=2:bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0",
+    },
     "HEVC.mp4": {"codec": "libx265"},
     "HEVC.mkv": {"codec": "libx265"},
     "VP9.webm": {"codec": "libvpx-vp9"},
@@ -265,6 +270,23 @@ def swap_stamps(packets: list) -> None:
     packets[5].pts, packets[6].pts = packets[6].pts, packets[5].pts
 
 
+def misplace_end(packets: list) -> None:
+    """The stamps of the last five say that they are shown in the middle."""
+    for i, packet in enumerate(packets[-5:], start=1):
+        packet.pts = packets[30].pts + i * packet.duration // 8
+
+
+def repeat_stamp(packets: list) -> None:
+    packets[45].pts = packets[44].pts
+
+
+def put_together(packets: list) -> None:
+    """Two frames in a packet, as in XVID's avi."""
+    one, other = packets[9], packets.pop(10)
+    packets[9] = av.Packet(bytes(one) + bytes(other))
+    packets[9].pts, packets[9].dts, packets[9].time_base = one.pts, one.dts, one.time_base
+
+
 def shift_stamps(by: int) -> Callable[[list], None]:
     """Of the second half, by as many frames."""
 
@@ -340,6 +362,11 @@ DOUBTFUL: dict[str, Callable[[Path], Path]] = {
         f / "v.mkv", stamps=[5000 + 40 * i for i in range(70)]
     ),
     "stamps swapped": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", swap_stamps),
+    "two frames in a packet": lambda f: remux(
+        write(f / "a.mp4", **NO_B), f / "v.mkv", put_together
+    ),
+    "end misplaced": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", misplace_end),
+    "one stamp twice": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", repeat_stamp),
     "stamps twice": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", shift_stamps(10)),
     "stamps fall": lambda f: remux(write(f / "a.mp4", **NO_B), f / "v.mkv", shift_stamps(20.5)),
     "edit list": lambda f: remux(write(f / "a.mp4"), f / "v.mp4", cut_start),

@@ -54,7 +54,6 @@ class NalUnits(NamedTuple):
     slices: set[int]
     starts: set[int]  # slices of pictures after which, in display, nothing needs what was before
     parameters: set[int]
-    others: set[int]  # which do not change what is decoded; a type that is not listed might
 
 
 NAL_UNITS = {
@@ -66,7 +65,6 @@ NAL_UNITS = {
         slices={1, 5},
         starts={5},  # IDR; other key frames need not reset all of the decoder
         parameters={7, 8},
-        others={6, 9, 12},
     ),
     "hevc": NalUnits(
         shift=1,
@@ -76,7 +74,6 @@ NAL_UNITS = {
         slices={*range(10), 19, 20, 21},
         starts={19, 20, 21},  # IDR and CRA, of whose leading pictures the decoder drops some
         parameters={32, 33, 34},
-        others={35, 38, 39, 40},
     ),
 }
 
@@ -86,7 +83,7 @@ def split_units(data: memoryview, length_size: int, shortest: int) -> Iterator[m
     while data:
         length = int.from_bytes(data[:length_size], "big")
         unit, data = data[length_size : length_size + length], data[length_size + length :]
-        if len(unit) < max(length, shortest):
+        if len(unit) < max(length, shortest):  # the short ones end a sequence
             raise NotSure
         yield unit
 
@@ -102,7 +99,7 @@ class StartFinder:
         self.parameters: bytes | None = None
         configuration = codec.extradata or b""
         if self.kinds:
-            if configuration[:1] != b"\1" or len(configuration) <= self.kinds.length_at:
+            if len(configuration) <= self.kinds.length_at:
                 raise NotSure
             self.length_size = (configuration[self.kinds.length_at] & 3) + 1
 
@@ -117,8 +114,6 @@ class StartFinder:
                 start = kind in self.kinds.starts
             elif kind in self.kinds.parameters:
                 parameters += bytes(unit)
-            elif kind not in self.kinds.others:
-                raise NotSure
         if start and self.parameters is None:
             self.parameters = parameters
         if pictures != 1 or parameters != (self.parameters if start else b""):
@@ -139,13 +134,12 @@ def read_index(container: av.container.InputContainer, stream: av.VideoStream) -
     finder = StartFinder(codec)
     stamps: list[int] = []
     packets: list[int] = []
-    latest, ended = -1 << 63, False
+    latest = -1 << 63
     for packet in container.demux(stream):
-        if ended or packet.is_corrupt or packet.is_discard or packet.has_sidedata("new_extradata"):
-            raise NotSure
-        ended = packet.size == 0  # the last one, which PyAV adds
-        if ended:
+        if packet.size == 0:  # the last one, which PyAV adds
             continue
+        if packet.is_corrupt or packet.is_discard or packet.has_sidedata("new_extradata"):
+            raise NotSure
         if packet.pts is None:
             raise NotSure
         if finder.is_start(packet) and packet.pts > latest:
