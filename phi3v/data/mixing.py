@@ -159,6 +159,11 @@ class Mixture(Sequence):
         beyond = place - count // size * size
         return number, place % size if beyond < 0 else int(self._rests[number][beyond])
 
+    def places(self, number: int) -> np.ndarray:
+        """(counts[number],): which of its own each sample of a dataset is, in an epoch."""
+        size, count = len(self.parts[number]), self.counts[number]
+        return np.concatenate([np.tile(np.arange(size), count // size), self._rests[number]])
+
     def spans(self) -> list[range]:
         """The samples of each dataset."""
         return [range(end - count, end) for end, count in zip(self._ends, self.counts, strict=True)]

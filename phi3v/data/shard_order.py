@@ -16,13 +16,12 @@ def groups_of(dataset: Records | Mixture) -> np.ndarray:
     """
     if isinstance(dataset, Records):
         return np.searchsorted(dataset.shards.groups, dataset.places(), side="right") - 1
-    parts = [groups_of(part) for part in dataset.parts]
     groups, first = [], 0
-    for number, span in enumerate(dataset.spans()):
-        places = np.array([dataset.locate(index)[1] for index in span], dtype=np.int64)
-        passes = np.arange(len(span)) // len(parts[number])
-        count = parts[number].max() + 1
-        groups.append(first + passes * count + parts[number][places])
+    for number, part in enumerate(dataset.parts):
+        of_part, places = groups_of(part), dataset.places(number)
+        passes = np.arange(len(places)) // len(part)
+        count = of_part.max() + 1
+        groups.append(first + passes * count + of_part[places])
         first += (passes[-1] + 1) * count
     return np.concatenate(groups)
 
