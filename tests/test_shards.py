@@ -287,6 +287,8 @@ def test_mixtures_have_an_order(small_groups):
     mixture = Mixture([some, rest], ["a", "b"], [1, 1])
     order = ShardOrder(mixture, 1, 2, seed=0)
     assert sorted(order) == list(range(len(mixture))) and len(mixture) == 36
+    for number, span in enumerate(mixture.spans()):
+        assert [mixture.locate(i)[1] for i in span] == mixture.places(number).tolist()
     first, again = order.groups[[mixture.locate(i)[1] == 0 for i in range(18)] + [False] * 18][:2]
     assert first != again and set(order.groups[:18]).isdisjoint(order.groups[18:])
 
