@@ -48,7 +48,7 @@ from .data.shard_rows import ENDING, FEATURES, ORDER, VERSION
 from .data.sources import load_rows
 from .errors import DataError, RunError, one_line, phase, quoted
 from .model.image_processing_phi3_v import Phi3VImageProcessor
-from .training.arguments import COUNT
+from .training.arguments import COUNT, number
 
 RAY_HELP = "work on a Ray cluster, by default the one at hand, or else a local one; needs ray"
 GROUP_BYTES, GROUP_ROWS = 1 << 20, 1000  # a row group ends at the first of them
@@ -327,7 +327,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", help="of a hub id with several")
     add("--split", default="train", help="of the source, and of the shards (default: train)")
     add("--out_dir", type=Path, required=True, help="where the shards go")
-    add("--seed", type=int, default=42, help="of the order in them (default: 42)")
+    add("--seed", type=number(int, 0), default=42, help="of the order in them (default: 42)")
     add("--rows_per_shard", type=COUNT, default=5000, help="rows of a file (default: 5000)")
     add("--skip_bad_samples", action="store_true", help="leave bad ones out, and say which")
     add("--ray", nargs="?", const="", metavar="ADDRESS", help=RAY_HELP)
@@ -338,6 +338,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.source.endswith((".json", ".jsonl")) != (args.image_dir is not None):
         parser.error("--image_dir goes with a file of conversations, which is .json or .jsonl.")
+    if not args.split.isidentifier():
+        parser.error(f"--split {args.split} is no name. All rows of a split are written.")
+    # The nodes of a cluster have other working folders.
+    args.out_dir, args.shared = args.out_dir.absolute(), [args.out_dir.absolute()]
+    if os.path.exists(args.source):
+        args.source = os.path.abspath(args.source)
+        args.shared.append(Path(args.source))
+    if args.image_dir is not None:
+        args.image_dir = args.image_dir.absolute()
+        args.shared.append(args.image_dir)
     return args
 
 
@@ -369,14 +379,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 died=DIED,
                 num_workers=args.num_workers,
                 ray_address=args.ray,
-                shared=[path for path in (args.out_dir, args.image_dir) if path],
+                shared=args.shared,
             ),
             bar=lambda done, total: tqdm(done, total=total, unit="shard", disable=not args.tqdm),
         )
         print(f"Wrote {args.out_dir}")
         if args.push_to_hub:
             _push(args)
-    except (DataError, RunError) as error:
+    except (DataError, RunError, OSError) as error:
         print(f"phi3v.shards: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

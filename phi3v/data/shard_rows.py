@@ -70,7 +70,7 @@ def open_shards(
     root = name
     if name.endswith(ENDING):
         root, split = os.path.dirname(name) or ".", os.path.basename(name).removesuffix(ENDING)
-    if os.path.isfile(root):
+    if os.path.isfile(root) or root.endswith((".json", ".jsonl")):
         return None
     try:
         is_hub_id = HUB_ID.fullmatch(root) and not os.path.exists(root)
