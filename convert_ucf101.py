@@ -25,7 +25,9 @@ On many machines, which all see out_dir and the videos below the same paths:
     ... --ray auto     by a Ray cluster (pip install ray)
     ... --shard i/n    by n jobs, i = 0..n-1: $SLURM_ARRAY_TASK_ID/n in a Slurm array, as in
                        examples/convert.sbatch, $JOB_COMPLETION_INDEX/n in an indexed Job,
-    ... --finish       and then this, once. Either way gives the bytes of one machine.
+    ... --finish       and then this, once, which lists what failed
+
+Either way gives the bytes of one machine. See docs/large_data.md.
 
 Frames   floor(i * n / 8), i = 0..7, of the n frames that really decode; RGB JPEG of quality 95.
          With --fps F, those on the screen 0, 1/F, 2/F, ... seconds after the first one, by their
@@ -41,12 +43,7 @@ Listed   failed: nothing of the video decodes. warning: damaged, cut off, or of 
          which then repeat. ignored: no video. --strict stops at the first of these.
 Resume   The same command continues after a kill, Ctrl-C or a full disk. Videos and images that
          changed since, or are of other flags, are made anew. There is no ucf101_*.jsonl before all
-         is done.
-         A run that was killed leaves what it extracted in --tmp_dir.
-Ray      --ray auto, host:6379 or ray://host:10001; without an address, the cluster at hand or a
-         local one. With an archive, also the hub's, --tmp_dir has to be shared, too.
-Shards   A killed one is started again. What failed is listed, and counts for the exit code, with
-         --finish; it reads no video. With an archive, every shard extracts all of it.
+         is done. A run that was killed leaves what it extracted in --tmp_dir.
 Refused  An out_dir with images or jsonl that this script did not write, or that an older version
          without converted.jsonl wrote (delete it). Files that point to others, such as playlists.
 
