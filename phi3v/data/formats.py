@@ -66,7 +66,10 @@ def load_records(
     if streaming:
         raise DataError(f"--streaming: {path} is not what python -m phi3v.shards wrote.")
     if Path(path).is_dir():
-        raise DataError(f"{path}: python -m phi3v.shards has not finished, or not written to it.")
+        raise DataError(
+            f"{path}: there is no such file. Check the path. It is a folder, which has no shards "
+            "before python -m phi3v.shards has finished."
+        )
     if image_dir is None:
         raise DataError(f"{path}: give --image_dir, the folder that its images' paths start from.")
     return Records(Lines(path), partial(to_record, questions=questions), image_dir=image_dir)
