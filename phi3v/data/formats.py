@@ -24,6 +24,7 @@ Where questions are asked for, the last answer of each may be absent, and this i
 An id, where there is one, then is the record's: an answer is found by it.
 """
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ def load_records(
         return Records(shards)
     if streaming:
         raise DataError(f"--streaming: {path} is not what python -m phi3v.shards wrote.")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise DataError(
             f"{path}: there is no such file. Check the path. It is a folder, which has no shards "
             "before python -m phi3v.shards has finished."
