@@ -17,6 +17,7 @@ from helpers.trainers import arguments, make_trainer
 from phi3v import shards
 from phi3v.data import Mixture, Records, load_records, load_rows, prepare
 from phi3v.data.images import load_images
+from phi3v.data.packing import fit_lengths
 from phi3v.data.shard_order import ShardOrder
 from phi3v.data.shard_rows import ShardRows
 from phi3v.errors import DataError, RunError
@@ -175,6 +176,16 @@ def test_a_start_reads_a_few(folder, demo_checkpoint, tmp_path, monkeypatch):
     train, evaluation = prepare(records, load_records(folder, None), load_processor(args), args)
     assert len(train) == len(evaluation) == COUNT and train.where(3).endswith("row 3")
     assert read == []
+
+
+def test_packed_as_their_source(source, folder, demo_checkpoint, tmp_path):
+    """Tokens are counted in the order of the files, and rows are packed as without shards."""
+    args = arguments(demo_checkpoint, tmp_path, "--pack_length", "300", "--max_length", "250")
+    processor = load_processor(args)
+    theirs, ours = load_records(source / "train.jsonl", source), load_records(folder, None)
+    assert ours.places()[ours.reading_order()].tolist() == list(range(COUNT))
+    packed = [fit_lengths(records.check(), processor, args) for records in (theirs, ours)]
+    assert packed[0].rows == packed[1].rows and len(packed[0]) < COUNT
 
 
 def test_the_cauldrons_columns(tmp_path, own_cache):

@@ -36,7 +36,7 @@ def fit_lengths(
         return records
     counted = share_out(
         lambda index: count_tokens(processor, records[index]),
-        range(len(records)),
+        records.reading_order(),
         each_machine=False,
         progress=lambda indices: tqdm(
             indices, "counting tokens", unit="sample", disable=not args.tqdm or rank() != 0

@@ -85,7 +85,7 @@ def check_all_images(
         return records  # looked at when they were written
     images = _count_images(records)
     look = load_images if images <= MAX_DECODED else check_images
-    indices = range(len(records))
+    indices = records.reading_order()
     if images > MAX_CHECKED and not (args.skip_bad_samples or args.max_length or args.pack_length):
         count = max(1, int(len(records) * MAX_CHECKED / images))
         indices = [len(records) * i // count for i in range(count)]
@@ -115,7 +115,7 @@ def check_all_images(
     )
     bad = {index: error for index, error in checked.items() if error is not None}
     report_bad(list(bad.values()), len(records), records.origin, args.skip_bad_samples)
-    return records.select([i for i in indices if i not in bad]) if bad else records
+    return records.select([i for i in range(len(records)) if i not in bad]) if bad else records
 
 
 def _count_images(records: Records) -> float:
