@@ -22,9 +22,11 @@ from transformers import TrainingArguments
 
 from benchmarks.memory import full_size, make_batch, make_prompts
 from phi3v import check
+from phi3v.data import load_records
 from phi3v.training import RecipeParser, arguments
 from phi3v.training.flops import PEAK_FLOPS, training_flops
 from small_datasets import picture
+from test_convert_ucf101 import write_video
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -227,10 +229,12 @@ def test_a_csv_becomes_records(tmp_path, monkeypatch, capsys):
 def test_commands_run(tmp_path):
     """
     Those of docs/ that need nothing run as they stand: of 60 pictures in three colours and a CSV,
-    to a check, a trained model, its report and a right answer.
+    to a check, a trained model, its report and a right answer; to shards; and of a video to frames.
     """
-    for name in ("phi3v", "demo", "ds_configs", "finetune_hf_trainer_ucf101.py"):
+    scripts = ("finetune_hf_trainer_ucf101.py", "convert_ucf101.py")
+    for name in ("phi3v", "demo", "ds_configs", *scripts):
         (tmp_path / name).symlink_to(REPO / name)
+    write_video(tmp_path / "my_videos/train/Walking/a.mp4", num_frames=58)
     (tmp_path / "images").mkdir()
     lines = ["file,answer"]
     for index in range(60):
@@ -261,6 +265,10 @@ def test_commands_run(tmp_path):
     assert run("own_data.md").splitlines()[-1] == "Red"
     run("data_formats.md")
     assert len((tmp_path / "good.jsonl").read_text().splitlines()) == 54
+    run("large_data.md")
+    for name, count in {"train": 54, "eval": 6}.items():
+        assert len(load_records(tmp_path / f"shards/{name}.shards.json", None)) == count
+    assert len([*(tmp_path / "converted/images").rglob("*.jpg")]) == 2  # of 2.3 seconds
     for name in ("my_model", "other_model"):
         shutil.copytree(tmp_path / "tried", tmp_path / name)
     run("guide.md")
