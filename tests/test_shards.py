@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -114,6 +117,25 @@ def test_a_killed_run_goes_on(source, folder, tmp_path):
     assert write(source, tmp_path) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert files(tmp_path) == files(folder)
+
+
+@pytest.mark.long
+def test_kills(source, tmp_path, seed):
+    """SIGKILL at random moments, while two processes write: nothing is lost, nothing is left."""
+    draw, files_of = random.Random(seed), [tmp_path / name for name in ("whole", "killed")]
+    command = [sys.executable, "-m", "phi3v.shards", source / "train.jsonl", "--no-tqdm"]
+    command += ["--image_dir", source, "--rows_per_shard", "1", "--num_workers", "2", "--out_dir"]
+    subprocess.run([*command, files_of[0]], check=True)
+    for kill in range(4):
+        run = subprocess.Popen([*command, files_of[1]])
+        while run.poll() is None and len(list(files_of[1].glob("*.parquet"))) < 5 * (kill + 1):
+            time.sleep(0.001)
+        time.sleep(draw.random() / 100)
+        run.kill()
+        run.wait()
+    subprocess.run([*command, files_of[1]], check=True)
+    assert files(files_of[0]) == files(files_of[1])
+    assert not list(files_of[1].glob("*.part"))
 
 
 def test_other_shards_are_not_mixed_with(source, folder, tmp_path, capsys):
